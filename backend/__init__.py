@@ -1,0 +1,1 @@
+"""Models, number formats, quantization methods and metrics."""

@@ -1,0 +1,109 @@
+"""RunSpec: everything that decides a number."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from backend.methods import MethodField
+from backend.metrics import MetricField
+from backend.registry import short_hash, tuples, versions
+
+Storage = Literal["simulated", "packed"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Frozen(BaseModel):
+    """Settings: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelRef(Frozen):
+    """Which model. `content` is the hash of its files, filled in when a run is submitted."""
+
+    id: str = Field(min_length=1, description="demo, demo-outliers, a local folder or a hub id.")
+    revision: str = Field("", description="Branch, tag or commit of a hub id; empty is main.")
+    dtype: Dtype = Field("auto", description="Compute type; auto follows the device.")
+    content: str = ""
+
+
+class Calibration(Frozen):
+    """Which tokens the methods see."""
+
+    dataset: str = Field("auto", description="demo, c4, wikitext2 or a text file; auto chooses.")
+    samples: int = Field(128, ge=1, le=4096, description="Sequences shown to the methods.")
+    length: int = Field(2048, ge=8, le=131072, description="Tokens of each sequence.")
+    seed: int = Field(0, ge=0)
+    content: str = ""
+
+
+class RunSpec(Frozen):
+    """One run: quantize a model by `steps`, then measure it. No steps is the 16-bit baseline."""
+
+    kind: Literal["run"] = "run"
+    model: ModelRef
+    steps: tuple[MethodField, ...] = ()
+    metrics: tuple[MetricField, ...] = ()
+    calibration: Calibration = Calibration()
+    storage: Storage = "simulated"
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, data: Any) -> Any:
+        return {k: tuples(v) for k, v in data.items()} if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _packed_metrics_need_packed_storage(self) -> Self:
+        for metric in self.metrics:
+            if metric.storage == "packed" and self.steps and self.storage != "packed":
+                raise ValueError(
+                    f"{metric.kind} needs packed weights: a simulated model is slower and "
+                    "larger than the real one by construction; use storage='packed' or leave "
+                    "this metric out"
+                )
+        return self
+
+    @property
+    def is_baseline(self) -> bool:
+        """True for the unquantized model."""
+        return not self.steps
+
+    def targets(self) -> list[str]:
+        """What is quantized: weights, activations, kv_cache."""
+        return sorted({target for step in self.steps for target in step.targets})
+
+    def needs_calibration(self) -> bool:
+        """True if any step looks at calibration inputs."""
+        return any(step.wanted() for step in self.steps)
+
+    def artifact_id(self) -> str:
+        """What quantization makes: 12 hex over model, steps, calibration data, seed, storage."""
+        calibration = self.calibration.model_dump() if self.needs_calibration() else None
+        steps = [[step.data(), versions(step)] for step in self.steps]
+        seed = self.seed if self.steps else 0
+        # 16-bit weights are as packed as they get
+        storage = self.storage if self.steps else "packed"
+        return short_hash([self.model.model_dump(), steps, calibration, seed, storage])
+
+    def fingerprint(self) -> str:
+        """artifact_id and metrics: two runs with one fingerprint give the same rows."""
+        return short_hash([self.artifact_id(), sorted(metric.digest() for metric in self.metrics)])
+
+    def stages(self) -> list[str]:
+        """Stages in order, a process each: quantize, evaluate, then one per lone metric."""
+        together = [m for m in self.metrics if not m.alone]
+        alone = [m.kind for m in self.metrics if m.alone]
+        return (["quantize"] if self.steps else []) + (["evaluate"] if together else []) + alone
+
+    def metrics_of(self, stage: str) -> list[Any]:
+        """The metrics measured in one stage."""
+        if stage == "evaluate":
+            return [m for m in self.metrics if not m.alone]
+        return [m for m in self.metrics if m.alone and m.kind == stage]
+
+    def baseline(self) -> RunSpec:
+        """The same measurements of the 16-bit model; what compares with it gives 0."""
+        return self.model_copy(update={"steps": (), "storage": "packed"})
