@@ -1,0 +1,1 @@
+"""The results database: rows in, rows out. Imports nothing else of QuantArena."""
