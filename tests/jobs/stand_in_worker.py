@@ -1,0 +1,13 @@
+"""Imported by the warm process of the tests: its workers do stand-in work."""
+
+import stand_in
+
+import backend.execute
+from backend.methods import METHODS
+from backend.metrics import METRICS
+
+for method in stand_in.KINDS["method"]:
+    METHODS.register(method)
+for metric in stand_in.KINDS["metric"]:
+    METRICS.register(metric)
+backend.execute.execute = stand_in.execute
