@@ -133,6 +133,16 @@ def nearest(word: str, known: Mapping[str, Any] | list[str]) -> str:
     return f"; there are: {', '.join(known)}" if known else ""
 
 
+def one_sentence(error: Exception) -> str:
+    """What an error says, on one line; of pydantic's reports the first complaint."""
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).split())
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    place = ".".join(str(step) for step in first["loc"])
+    return message if first["type"] == "value_error" else f"{place}: {message}"
+
+
 def sentence(cls: type[Part], error: ValidationError) -> str:
     """Pydantic's report as one sentence: knob, what was given, what is allowed."""
     first = error.errors()[0]

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from backend.methods import MethodField
+from backend.methods import LinearMethod, MethodField
 from backend.metrics import MetricField
 from backend.registry import short_hash, tuples, versions
 
@@ -64,6 +64,17 @@ class RunSpec(Frozen):
                     "larger than the real one by construction; use storage='packed' or leave "
                     "this metric out"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _one_weight_step_before_activations(self) -> Self:
+        rounds = [isinstance(step, LinearMethod) for step in self.steps]
+        if sum(rounds) > 1:
+            kinds = ", ".join(s.kind for s, r in zip(self.steps, rounds, strict=True) if r)
+            raise ValueError(f"{kinds}: weights can be rounded once; keep one weight step")
+        before = self.steps[: rounds.index(True)] if any(rounds) else ()
+        for early in (step.kind for step in before if step.targets == {"activations"}):
+            raise ValueError(f"{early} hides the inputs that the weight step needs; put it last")
         return self
 
     @property

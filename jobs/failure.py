@@ -5,15 +5,22 @@ from __future__ import annotations
 import errno
 import signal
 import traceback
+from typing import Any
 
 AGAIN = "retry continues after the last finished block"
 
 
-def explain(error: Exception, stage: str) -> dict[str, str]:
-    """An exception of a stage -> {type, message, todo, traceback}."""
+def explain(error: Exception, stage: str) -> dict[str, Any]:
+    """An exception of a stage -> {type, message, todo, traceback, bad_input}."""
     message, todo = sentences(error, stage)
     trace = "".join(traceback.format_exception(error))
-    return {"type": type(error).__name__, "message": message, "todo": todo, "traceback": trace}
+    return {
+        "type": type(error).__name__,
+        "message": message,
+        "todo": todo,
+        "traceback": trace,
+        "bad_input": isinstance(error, ValueError),  # what was asked for cannot work
+    }
 
 
 def sentences(error: Exception, stage: str) -> tuple[str, str]:

@@ -40,7 +40,7 @@ def report(queue: Queue, run_id: str) -> dict[str, Any]:
         "storage": spec["storage"] if isinstance(spec, dict) else spec.storage,
         "measurements": list(measured.values()),
         "notes": list(notes),
-        **({"error": view.error["message"]} if view.error else {}),
+        **({"error": view.error} if view.error else {}),
     }
 
 

@@ -30,6 +30,7 @@ PRELOAD = (
     "transformers.models.auto.tokenization_auto",
     "lm_eval.evaluator",
     "lm_eval.tasks",
+    "lm_eval.models.huggingface",
     "backend.execute",
     "backend.environment",
     "jobs.worker",

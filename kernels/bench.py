@@ -1,8 +1,9 @@
-"""Check kernels against their references, then time them against bf16; last line is JSON."""
+"""Check kernels against their references, then time them in turn with a bf16 product."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,17 +21,10 @@ COLD_BYTES = 130_000_000  # weights rotate through this much, past any cache
 MAX_ERROR = 1e-2  # max |y - reference| / max |reference|: bf16 rounding is 3e-3
 
 
-def bench(names: Sequence[str]) -> int:
-    """Every named kernel, or every one that runs here. 1 if a correctness check failed."""
-    known = kernels()
-    for name in names:
-        if name not in known:
-            raise ValueError(f"unknown kernel {name!r}; there are: {', '.join(known)}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = [known[name] for name in names] or list(known.values())
-    rows = [row for kernel in chosen for row in rows_of(kernel, torch.device(device))]
-    print(json.dumps({"device": device, "threads": torch.get_num_threads(), "rows": rows}))
-    return int(any(not row["correct"] for row in rows))
+def bench(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of the named kernels, on the GPU where there is one; printed as they come."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return [row for name in names for row in rows_of(kernels()[name], device)]
 
 
 def rows_of(kernel: Kernel, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -69,7 +63,7 @@ def measure(kernel: Kernel, case: Case, device: torch.device) -> dict[str, Any]:
         },
         device=device.type,
     )
-    return row_of(kernel, case, error, times)
+    return row_of(kernel, case, device, error, times)
 
 
 def random_weight(
@@ -94,9 +88,7 @@ def copies_of(weight_bytes: int) -> int:
 
 def clone(packed: Packed) -> Packed:
     """The same weights in memory of their own."""
-    tensors = {name: value.clone() for name, value in packed.tensors.items()}
-    lists = {name: tuple(t.clone() for t in group) for name, group in packed.lists.items()}
-    return replace(packed, tensors=tensors, lists=lists)
+    return replace(packed, tensors={name: t.clone() for name, t in packed.tensors.items()})
 
 
 def relative_error(y: Tensor, reference: Tensor) -> float:
@@ -104,13 +96,16 @@ def relative_error(y: Tensor, reference: Tensor) -> float:
     return float((y.float() - reference).abs().max() / reference.abs().max())
 
 
-def row_of(kernel: Kernel, case: Case, error: float, times: dict[str, Timing]) -> dict[str, Any]:
+def row_of(
+    kernel: Kernel, case: Case, device: torch.device, error: float, times: dict[str, Timing]
+) -> dict[str, Any]:
     """What is reported of one case; a wrong product has no speed."""
     correct = error <= MAX_ERROR
     mine, dense = times["kernel"], times["bf16"]
     steady = mine.steady and dense.steady
     return {
         "kernel": kernel.name,
+        "device": device.type,
         "m": case.m,
         "n": case.n,
         "k": case.k,
@@ -135,3 +130,7 @@ def line(row: dict[str, Any]) -> str:
     spread = f"{row['median_ms']:.3f} ms ({row['p20_ms']:.3f}-{row['p80_ms']:.3f})"
     note = "" if row["steady"] else "  unsteady"
     return f"{row['kernel']} {width} {shape}: {spread}, {row['ratio_to_bf16']:.2f}x bf16{note}"
+
+
+if __name__ == "__main__":
+    print(json.dumps({"rows": bench(sys.argv[1:] or list(kernels()))}))

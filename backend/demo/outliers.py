@@ -17,12 +17,12 @@ def plant_outliers(model: nn.Module, *, channels: int = 4, power: int = 6, seed:
     The columns that read them shrink by as much. Powers of two only move the exponent, so the
     output stays the same to the last bit (in fp16 as long as no shrunk weight is below 6e-5).
     """
-    width = model.get_submodule("model.layers.0.input_layernorm").weight.numel()
+    width = model.get_parameter("model.layers.0.input_layernorm.weight").numel()
     if not 0 < channels <= width:
         raise ValueError(f"channels: {channels} given, the model has 1 to {width}")
     chosen = sorted(random.Random(seed).sample(range(width), channels))
     for block in model.get_submodule("model.layers").children():
         for norm, readers in READERS.items():
-            block.get_submodule(norm).weight.data[chosen] *= 2.0**power
+            block.get_parameter(f"{norm}.weight").data[chosen] *= 2.0**power
             for reader in readers:
-                block.get_submodule(reader).weight.data[:, chosen] *= 2.0**-power
+                block.get_parameter(f"{reader}.weight").data[:, chosen] *= 2.0**-power

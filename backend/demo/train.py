@@ -110,7 +110,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every matrix from its gradient."""
         for group in self.param_groups:
             for p in group["params"]:
@@ -167,8 +167,9 @@ def batch(
         rng = random.Random(f"archive {args.seed} {step}")
         first = [[archive(rng, heldout=False)] if length == CONTEXT else [] for _ in range(rows)]
         ids = torch.tensor([packed(tokenizer, chain(head, source), length + 1) for head in first])
-    answer, end = tokenizer.convert_tokens_to_ids([ASSISTANT, END])
-    opened = ((ids == answer).int() - (ids == end).int()).cumsum(1)
+    vocabulary = tokenizer.get_vocab()
+    answer, end = vocabulary[ASSISTANT], vocabulary[END]
+    opened = (ids.eq(answer).int() - ids.eq(end).int()).cumsum(1)
     inside = (opened == opened.amax(1, keepdim=True)).float()[:, :-1].reshape(rows, length)
     x, y = ids[:, :-1].reshape(rows, length), ids[:, 1:].reshape(rows, length)
     return x, y, args.weight + (1 - args.weight) * inside
@@ -178,7 +179,8 @@ def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: 
     """Write the model in bfloat16 with its tokenizer, then move it into place in one step."""
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    half = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    half = LlamaForCausalLM(model.config)
+    nn.Module.to(half, torch.bfloat16)
     half.load_state_dict(model.state_dict())
     half.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,

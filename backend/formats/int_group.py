@@ -165,7 +165,7 @@ class IntGroup(Format):
 
     def _fit(self, x: Tensor, importance: Tensor | None = None, search: bool = True) -> Params:
         """[..., g] fp32 -> parameters [..., 1], each of one last axis."""
-        low, high = x.aminmax(dim=-1, keepdim=True)
+        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)  # aminmax: 7-19 x slower
         low, high = low.clamp_max(0), high.clamp_min(0)
         empty = (low == 0) & (high == 0)
         low, high = low.masked_fill(empty, -1), high.masked_fill(empty, 1)

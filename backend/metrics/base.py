@@ -35,7 +35,7 @@ class Metric(Part):
     alone: ClassVar[bool] = False  # True: measured in a process of its own (time, memory)
     storage: ClassVar[Literal["any", "packed"]] = "any"
     needs_baseline: ClassVar[bool] = False  # True: compares with the 16-bit model
-    names: ClassVar[tuple[str, ...]] = ()  # the measurements it yields, where known beforehand
+    yields: ClassVar[tuple[str, ...]] = ()  # names of its measurements, where known beforehand
 
     def data_hash(self, run: Run) -> str:
         """Hash of the data measured on; "" where there is none. Part of the metric's identity."""

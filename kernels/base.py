@@ -1,0 +1,101 @@
+"""Kernel: multiplies by packed weights. `find` asks every kernel beside this file if it can."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Json = Mapping[str, Any]  # a format's `data()`: its kind and every knob
+
+
+@dataclass(frozen=True)
+class Case:
+    """One product that a kernel claims: x [m, k] times W^T, W [n, k]. For tests and bench."""
+
+    m: int
+    n: int
+    k: int
+    weight: Json
+    act: Json | None = None
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The weights [n, k] of one linear as a kernel keeps them, and the formats they came from."""
+
+    tensors: Mapping[str, Tensor]
+    n: int
+    k: int
+    weight: Json
+    act: Json | None = None
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def to(self, device: torch.device) -> Packed:
+        """The same on another device."""
+        return replace(self, tensors={name: t.to(device) for name, t in self.tensors.items()})
+
+
+class Kernel(Protocol):
+    """kernels/<name>/__init__.py exposes one as KERNEL. Shapes: x [m, k], W [n, k], y [m, n]."""
+
+    name: str
+    rank: int  # of several that can, the lowest is taken
+    cases: tuple[Case, ...]  # odd shapes included
+
+    def why_not(
+        self, weight: Json, act: Json | None, device: torch.device, n: int, k: int
+    ) -> str | None:
+        """One sentence why it cannot multiply by such a weight, None if it can."""
+        ...
+
+    def pack(
+        self, codes: Tensor, params: Mapping[str, Tensor], weight: Json, act: Json | None
+    ) -> Packed:
+        """codes [n, k] uint8, params [n, G] or [1, 1] -> what `matmul` reads."""
+        ...
+
+    def matmul(self, x: Tensor, packed: Packed) -> Tensor:
+        """x [m, k] -> [m, n], in x's dtype."""
+        ...
+
+    def reference(self, x: Tensor, packed: Packed) -> Tensor:
+        """The same from the packed tensors in plain torch, [m, n] fp32: the truth in tests."""
+        ...
+
+    def container(self, weight: Json) -> str:
+        """Why codes take more bits in memory than their format's, "" if they do not."""
+        ...
+
+
+@lru_cache(maxsize=1)
+def kernels() -> dict[str, Kernel]:
+    """Every kernel by name, best rank first."""
+    import kernels as package
+
+    found: dict[str, Kernel] = {}
+    for module in pkgutil.iter_modules(package.__path__, "kernels."):
+        if module.ispkg:
+            kernel = importlib.import_module(module.name).KERNEL
+            found[kernel.name] = kernel
+    return dict(sorted(found.items(), key=lambda item: (item[1].rank, item[0])))
+
+
+def find(weight: Json, act: Json | None, device: torch.device | str, n: int, k: int) -> Kernel:
+    """The best kernel for such a weight [n, k] on a device, or ValueError with every reason."""
+    reasons = []
+    for kernel in kernels().values():
+        reason = kernel.why_not(weight, act, torch.device(device), n, k)
+        if reason is None:
+            return kernel
+        reasons.append(f"{kernel.name}: {reason}")
+    raise ValueError("no kernel multiplies by these weights: " + "; ".join(reasons))
