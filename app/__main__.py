@@ -28,8 +28,8 @@ def parser() -> argparse.ArgumentParser:
         listing = commands.add_parser(name, help=text, description=text)
         listing.add_argument("--json", action="store_true", help="print the JSON schemas")
     add_store_commands(commands)
-    bench = commands.add_parser("bench", help="check kernels, then time them; last line is JSON")
-    bench.add_argument("kernels", nargs="*", metavar="KERNEL", help="all that run here if left out")
+    bench = commands.add_parser("bench", help="check and time kernels, time methods; ends in JSON")
+    bench.add_argument("names", nargs="*", metavar="NAME", help="kernels and methods; all if none")
     return top
 
 
@@ -114,7 +114,9 @@ def add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 def add_store_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """`quantarena export`, `sql` and `rebuild`."""
     export = commands.add_parser("export", help="write every table as files")
-    export.add_argument("--format", choices=("csv", "parquet", "json"), default="csv")
+    export.add_argument(
+        "--format", choices=("csv", "parquet", "json"), default="csv", help="default: csv"
+    )
     export.add_argument("out", type=Path, metavar="OUT", help="folder to write into")
     add_home(export)
     sql = commands.add_parser("sql", help="one read-only query on the results")
@@ -132,7 +134,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return int(getattr(commands, args.command)(args))
     except (ValueError, OSError) as error:
-        print(f"quantarena: {error}", file=sys.stderr)
+        from backend.registry import one_sentence
+
+        print(f"quantarena: {one_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(

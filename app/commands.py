@@ -12,9 +12,8 @@ from typing import Any
 
 def serve(args: argparse.Namespace) -> int:
     """Start the web app; blocks until stopped."""
-    from jobs.home import home_folder
-
     from app.server import serve as start
+    from jobs.home import home_folder
 
     models = [folder.expanduser().resolve() for folder in args.models]
     start(home_folder(args.home), args.host, args.port, args.token, models)
@@ -76,21 +75,29 @@ def print_parts(registries: dict[str, Any], as_json: bool) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Submit the baseline and every recipe, follow them, print a table. 0 only if all are done."""
-    from jobs.client import Client
     from jobs.home import home_folder
+    from jobs.queue import Queue
+    from jobs.results import report
 
     specs = specs_of(args)
-    client = Client(home_folder(args.home))
-    run_ids = [client.submit(spec, recipe=text, device=args.device) for text, spec in specs]
-    follow(client, dict(zip(run_ids, (text for text, _ in specs), strict=True)))
+    queue = Queue(home_folder(args.home))
+    run_ids = [queue.submit(spec, recipe=text, device=args.device) for text, spec in specs]
+    show_progress(queue, run_ids)
     reports = [
-        client.report(run_id) | {"recipe": text}
+        report(queue, run_id) | {"recipe": text}
         for run_id, (text, _) in zip(run_ids, specs, strict=True)
     ]
     print_results(reports)
     if args.json:
         write_json(args.json, reports)
-    return 0 if all(report["state"] == "done" for report in reports) else 1
+    return max(exit_code(entry) for entry in reports)
+
+
+def exit_code(entry: dict[str, Any]) -> int:
+    """0: done; 2: what was asked for cannot work; 1: it failed or was cancelled."""
+    if entry["state"] == "done":
+        return 0
+    return 2 if entry.get("error", {}).get("bad_input") else 1
 
 
 def specs_of(args: argparse.Namespace) -> list[tuple[str, Any]]:
@@ -153,20 +160,25 @@ def metrics_of(args: argparse.Namespace) -> tuple[Any, ...]:
     return tuple(built)
 
 
-def follow(client: Any, names: dict[str, str]) -> None:
-    """Show progress until every run has ended: a bar on a terminal, a line per change elsewhere."""
+def show_progress(queue: Any, run_ids: Sequence[str]) -> None:
+    """Until every run has ended: a bar on a terminal, a line per run that ends elsewhere."""
     from tqdm import tqdm
 
-    with tqdm(
-        total=100 * len(names), unit="%", disable=not sys.stderr.isatty(), leave=False
-    ) as bar:
-        for view in client.follow(list(names)):
-            name = names[view.run_id]
-            if view.state in ("done", "failed", "cancelled"):
-                bar.write(f"{view.state}: {name}", file=sys.stderr)
-            bar.n = round(100 * client.fraction(list(names)))
-            bar.set_description_str(f"{name} {view.stage} {view.item}"[:60])
-            bar.refresh()
+    from jobs.follow import follow
+
+    wanted = list(dict.fromkeys(run_ids))
+    off = not sys.stderr.isatty()
+    with tqdm(total=100, unit="%", disable=off, leave=False, file=sys.stderr) as bar:
+        for run_id, event in follow(queue.home, wanted, queue=queue):
+            ended = event["type"] == "state" and event["state"] in ("done", "failed", "cancelled")
+            if ended:
+                tqdm.write(f"{event['state']}: {queue.view(run_id).recipe}", file=sys.stderr)
+            if ended or not off:
+                views = [queue.view(name) for name in wanted]
+                current = next((view for view in views if view.state == "running"), views[0])
+                bar.n = round(100 * sum(view.fraction for view in views) / len(views))
+                bar.set_description_str(f"{current.recipe} {current.stage or ''}"[:60])
+                bar.refresh()
 
 
 def print_results(reports: Sequence[dict[str, Any]]) -> None:
@@ -181,7 +193,7 @@ def print_results(reports: Sequence[dict[str, Any]]) -> None:
         for note in report["notes"]:
             print(f"note: {report['recipe']}: {note}")
         if report.get("error"):
-            print(f"failed: {report['recipe']}: {report['error']}", file=sys.stderr)
+            print(f"failed: {report['recipe']}: {report['error']['message']}", file=sys.stderr)
 
 
 def number(value: Any) -> str:
@@ -212,9 +224,8 @@ def write_json(path: Path, reports: Sequence[dict[str, Any]]) -> None:
 
 def export(args: argparse.Namespace) -> int:
     """Every table as files; beside a running server, from a copy made of the run folders."""
-    from jobs.client import reading_store
     from jobs.home import home_folder
-
+    from jobs.results import reading_store
     from results_db.export import export as write
 
     with reading_store(home_folder(args.home)) as store:
@@ -225,8 +236,8 @@ def export(args: argparse.Namespace) -> int:
 
 def sql(args: argparse.Namespace) -> int:
     """One read-only query, answered by the server when it holds the file."""
-    from jobs.client import query
     from jobs.home import home_folder
+    from jobs.results import query
 
     columns, rows = query(home_folder(args.home), args.query)
     if args.json:
@@ -241,13 +252,12 @@ def rebuild(args: argparse.Namespace) -> int:
     from jobs.home import home_folder
     from jobs.rebuild import rebuild as again
 
-    count = again(home_folder(args.home))
-    print(f"rebuilt from {count} runs")
+    print(again(home_folder(args.home)))
     return 0
 
 
 def bench(args: argparse.Namespace) -> int:
-    """Check kernels against their references, then time them."""
-    from kernels.bench import bench as time_kernels
+    """Check kernels, then time them and the methods that solve layers; 1 if a kernel is wrong."""
+    from backend.bench import bench as measure
 
-    return time_kernels(args.kernels)
+    return int(any(not row.get("correct", True) for row in measure(args.names)))
