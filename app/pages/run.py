@@ -1,0 +1,305 @@
+"""Run: one run, what it measured, what decided that, and how to make it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+from markupsafe import Markup
+
+from app import look, rows
+from app.charts import layers
+from app.context import Context, Picks
+from app.markup import join, tag
+from app.pages.compare import copy_line
+from app.pages.jobs import actions, error_part, perform, progress, state_of
+from app.recipe_words import recipe_of
+from app.specs import defaults, differences, flat, reproduce
+from app.table import delta_cell, number_cell
+from app.views import spec_data
+from app.widgets import chart_value, connect, live, plotly_chart, query, skeleton
+from jobs.queue import RunView
+from results_db import queries
+
+TITLE, PATH, ORDER, KEY = "Run", "/run", 0, ""
+
+
+def build(ctx: Context) -> None:
+    """Header and numbers, then what decided them, then layers and log."""
+    with gr.Column(elem_classes="page run", elem_id="content"):
+        head = live(skeleton(200), elem_classes="head")
+        with gr.Column(elem_classes="card chart-card layers-card"):
+            above = live("")
+            plot = plotly_chart(elem_classes="layers-plot")
+        below = live(skeleton(300))
+
+    def draw(request: gr.Request) -> list[str]:
+        return list(screen(ctx, Picks.read(query(request))))
+
+    def act(data: Mapping[str, Any], request: gr.Request) -> Mapping[str, Any]:
+        return perform(ctx, data, request)
+
+    def stamp() -> Hashable:
+        moving = [(v.run_id, v.state, v.fraction) for v in ctx.runs.runs() if not v.state.ended]
+        return ctx.store.version, tuple(moving)
+
+    connect(draw, [head, above, plot, below], stamp=stamp, act=act)
+
+
+def screen(ctx: Context, picks: Picks) -> Sequence[str]:
+    """The four parts of the page."""
+    try:
+        view = ctx.runs.view(picks.id)
+    except ValueError as error:
+        return unknown(picks.id, error), "", "", ""
+    stored = queries.run(ctx.store, picks.id)
+    spec_text = str(stored["spec"].iloc[0]) if len(stored) else spec_of(view)
+    heat = layers.rows(ctx.store, picks)
+    chart = chart_value(layers.draw(heat), layers.say(heat)) if len(heat) else ""
+    return (
+        header(ctx, view, spec_text),
+        layer_head(heat),
+        chart,
+        conditions(ctx, view, stored, spec_text, picks),
+    )
+
+
+def spec_of(view: RunView) -> str:
+    """The spec as text, from the queue where the store has not seen it yet."""
+    return json.dumps(spec_data(view))
+
+
+def unknown(run_id: str, error: Exception) -> Markup:
+    """No such run."""
+    sentence = str(error) if run_id else "Choose a run on Compare or Jobs; it opens here."
+    link = tag("a", "Compare", href="/", class_="button", data_carry=True)
+    return tag(
+        "div",
+        tag("div", tag("h1", sentence), tag("p", link), class_="words"),
+        class_="empty-state single",
+    )
+
+
+# ---- header --------------------------------------------------------------------------------
+
+
+def header(ctx: Context, view: RunView, spec_text: str) -> Markup:
+    """Title in words, state, numbers with deltas, notes that cannot be missed."""
+    recipe = recipe_of(spec_text)
+    model = json.loads(spec_text)["model"]["id"]
+    dot = look.mark(
+        recipe.target,
+        json.loads(spec_text).get("storage") == "packed",
+        recipe.family,
+        not recipe.target,
+    )
+    title = tag("h1", dot, " ", tag("span", recipe.name), tag("small", f"on {model}"))
+    state = tag("div", state_of(view), actions(view), class_="row")
+    going = tag("div", progress(view), class_="job-progress") if not view.state.ended else None
+    return join(
+        [
+            tag("div", title, state, class_="between wrap"),
+            tag("p", tag("code", recipe.text), class_="muted"),
+            going,
+            error_part(view.error),
+            numbers(ctx, view, model),
+            notes_box(ctx, view.run_id),
+            copy_line(reproduce(spec_text)),
+        ]
+    )
+
+
+def numbers(ctx: Context, view: RunView, model: str) -> Markup:
+    """Every measurement: value, interval, n, difference to 16 bits, conditions."""
+    wide = rows.wide(ctx.store, model)
+    names = rows.measured(wide)
+    own = rows.with_bases(wide, names)
+    own = own[own["run_id"] == view.run_id]
+    if not len(own):
+        return tag("p", "Nothing is measured yet.", class_="muted")
+    lines = [
+        measurement_line(record, name)
+        for record in rows.records(own)
+        for name in names
+        if not pd.isna(record.get(f"{name}__metric_id"))
+    ]
+    titles = ("Measurement", "Value", "Compared with 16-bit", "n", "Measured on")
+    numeric = (False, True, True, True, False)
+    cells = [
+        tag("th", t, scope="col", class_="number" if n else None)
+        for t, n in zip(titles, numeric, strict=True)
+    ]
+    lines = list(dict.fromkeys(lines))
+    return tag(
+        "div",
+        tag("table", tag("thead", tag("tr", cells)), tag("tbody", lines)),
+        class_="scroll card numbers",
+    )
+
+
+def measurement_line(record: Mapping[str, Any], name: str) -> Markup:
+    n = record.get(f"{name}__n")
+    count = look.whole(n) if n is not None and not pd.isna(n) and n > 1 else look.MISSING
+    place = f"{record[f'{name}__device']}, {record[f'{name}__dtype']}"
+    better = record.get(f"{name}__better")
+    unit = look.heading_unit(name, str(record.get(f"{name}__unit") or ""))
+    about = ", ".join(p for p in (unit, f"{better} is better" if better else "") if p)
+    return tag(
+        "tr",
+        tag("th", look.label(name), " ", tag("small", about), scope="row"),
+        number_cell(record, name),
+        delta_cell(record, name),
+        tag("td", count, class_="number"),
+        tag("td", f"{place}, {record[f'{name}__storage']}", class_="muted"),
+    )
+
+
+def notes_box(ctx: Context, run_id: str) -> Markup | None:
+    """Fallbacks and skips: part of the result."""
+    found = queries.notes(ctx.store, run_id)
+    if not len(found):
+        return None
+    items = [tag("li", _note(record)) for record in rows.records(found)]
+    title = (
+        f"{len(items)} note{'s' * (len(items) > 1)}: the result is not exactly what was asked for"
+    )
+    return tag("div", tag("b", title), tag("ul", items), class_="notes-box", role="note")
+
+
+def _note(record: Mapping[str, Any]) -> str:
+    block = record["block"]
+    where = [] if block is None or pd.isna(block) else [f"block {int(block)}"]
+    where += [str(record["module"])] if record["module"] else []
+    return f"{', '.join(where)}: {record['text']}" if where else str(record["text"])
+
+
+# ---- layers --------------------------------------------------------------------------------
+
+
+def layer_head(heat: pd.DataFrame) -> Markup:
+    """Which per-layer value is shown."""
+    if not len(heat):
+        return tag("p", "Error by layer appears here once a block is quantized.", class_="muted")
+    options = [
+        tag("option", look.label(name), value=name, selected=name == heat.attrs["name"])
+        for name in heat.attrs["names"]
+    ]
+    picker = tag("select", options, data_param="layer", aria_label="Value per layer")
+    said = tag("p", layers.say(heat), class_="muted")
+    return tag("div", tag("h2", "Error by layer"), picker, said, class_="axis-row")
+
+
+# ---- what decided the numbers --------------------------------------------------------------
+
+
+def conditions(
+    ctx: Context, view: RunView, stored: pd.DataFrame, spec_text: str, picks: Picks
+) -> Markup:
+    """Spec beside another run's, environment, times, log."""
+    env = json.loads(stored["env"].iloc[0] or "{}") if len(stored) else {}
+    left = tag("section", spec_table(ctx, view, spec_text, picks), class_="card pad")
+    right = tag("section", environment_table(view, env), class_="card pad")
+    return join([tag("div", left, right, class_="two"), log_part(ctx, view)])
+
+
+def spec_table(ctx: Context, view: RunView, spec_text: str, picks: Picks) -> Markup:
+    """Every setting; beside another run, what differs is marked."""
+    own = flat(json.loads(spec_text))
+    other = other_spec(ctx, picks.against)
+    their = flat(json.loads(other)) if other else {}
+    names = list(dict.fromkeys([*own, *their]))
+    usual = defaults(json.loads(spec_text))
+    apart = {name for name, _ in differences([json.loads(t) for t in (spec_text, other) if t])}
+    told = [n for n in names if n in apart or own.get(n, usual.get(n)) != usual.get(n)]
+    lines = [spec_line(name, own, their if other else None) for name in told]
+    rest = [spec_line(n, own, their if other else None) for n in names if n not in told]
+    fold = tag(
+        "details",
+        tag("summary", f"{len(rest)} settings at their defaults"),
+        tag("table", tag("tbody", rest), class_="settings"),
+        data_key="defaults",
+    )
+    head = tag(
+        "div", tag("h2", "What decided it"), against_picker(ctx, view, picks), class_="between wrap"
+    )
+    titles = ["", "this run", *([recipe_of(other).name] if other else [])]
+    top = tag("thead", tag("tr", [tag("th", t, scope="col") for t in titles])) if other else None
+    table = tag("table", top, tag("tbody", lines), class_="settings")
+    return join([head, tag("div", table, class_="scroll"), fold])
+
+
+def spec_line(name: str, own: Mapping[str, str], their: Mapping[str, str] | None) -> Markup:
+    mine = own.get(name, "–")
+    cells = [tag("td", mine)]
+    different = their is not None and their.get(name, "–") != mine
+    if their is not None:
+        cells.append(tag("td", their.get(name, "–")))
+    return tag("tr", tag("th", name, scope="row"), cells, class_="differs" if different else None)
+
+
+def other_spec(ctx: Context, run_id: str) -> str:
+    """Spec of the run to compare with; "" without one."""
+    found = queries.run(ctx.store, run_id) if run_id else pd.DataFrame()
+    return str(found["spec"].iloc[0]) if len(found) else ""
+
+
+def against_picker(ctx: Context, view: RunView, picks: Picks) -> Markup:
+    """Which run to compare the settings with."""
+    found = queries.runs(ctx.store)
+    others = rows.records(found[found["run_id"] != view.run_id])
+    options = [
+        tag(
+            "option",
+            f"{recipe_of(r['spec']).name} on {r['model']}",
+            value=r["run_id"],
+            selected=r["run_id"] == picks.against,
+        )
+        for r in others[:300]
+    ]
+    none = tag("option", "compare with…", value="", selected=not picks.against)
+    return tag("select", none, options, data_param="against", aria_label="Compare settings with")
+
+
+def environment_table(view: RunView, env: Mapping[str, Any]) -> Markup:
+    """Where and when it ran."""
+    facts = {
+        "run": view.run_id,
+        "label": view.label or "–",
+        "stages": " → ".join(view.stages),
+        "worked": look.duration(view.seconds),
+        "device": view.device,
+        "fingerprint": view.fingerprint,
+        "artifact": view.artifact_id,
+    }
+    facts |= {name.replace("_", " "): look_of(value) for name, value in env.items()}
+    lines = [
+        tag("tr", tag("th", name, scope="row"), tag("td", value)) for name, value in facts.items()
+    ]
+    return join([tag("h2", "Where it ran"), tag("table", tag("tbody", lines), class_="settings")])
+
+
+def look_of(value: Any) -> str:
+    """An environment value as text."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {look_of(inner)}" for name, inner in value.items())
+    return (
+        {True: "yes", False: "no", None: "–"}.get(value, str(value))
+        if not isinstance(value, int | float | list) or isinstance(value, bool)
+        else str(value)
+    )
+
+
+def log_part(ctx: Context, view: RunView) -> Markup:
+    """The log, folded."""
+    log = ctx.runs.log(view.run_id, 400)
+    return tag(
+        "details",
+        tag("summary", "Log"),
+        tag("pre", log or "Nothing printed.", class_="log", tabindex="0"),
+        class_="card pad",
+        data_key="log",
+        id="log",
+    )

@@ -1,0 +1,261 @@
+"""The web application: pages, named API endpoints, a few plain routes, and who may do what."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import tempfile
+import threading
+import warnings
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: it asks at import
+
+import gradio as gr
+import plotly
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from markupsafe import Markup
+
+from app import api, pages, rows, status
+from app.context import LOOPBACK, TOKEN_NAME, Context, Picks
+from app.markup import tag
+from jobs.home import DATABASE, Ownership
+from jobs.queue import Queue
+from jobs.supervisor import Supervisor
+from results_db.queries import with_baseline
+from results_db.store import Store, StoreError
+
+STATIC = Path(__file__).parent / "static"
+PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+YEAR_S = 31_536_000
+WRITERS: dict[str, Callable[[Any, Path], Any]] = {
+    "csv": lambda frame, file: frame.to_csv(file, index=False),
+    "parquet": lambda frame, file: frame.to_parquet(file, index=False),
+    "json": lambda frame, file: frame.to_json(file, orient="records", date_format="iso", indent=1),
+}
+
+
+def build(ctx: Context) -> gr.Blocks:
+    """All pages and the named endpoints as one Gradio app."""
+    found = pages.find()
+    home = next(page for page in found if page.path == "/")
+    with gr.Blocks(title="QuantArena", fill_width=True, analytics_enabled=False) as blocks:
+        home.build(ctx)
+        api.publish(ctx)
+    for page in found:
+        if page is not home:
+            with blocks.route(page.title, page.path):
+                page.build(ctx)
+    return blocks
+
+
+def build_app(ctx: Context) -> FastAPI:
+    """The Gradio app with its assets, downloads, health and SQL beside it."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.middleware("http")(gate(ctx))
+    add_assets(app)
+    add_routes(app, ctx)
+    with warnings.catch_warnings():  # it warns that many pages rule out SSR, which is off
+        warnings.simplefilter("ignore", UserWarning)
+        return gr.mount_gradio_app(
+            app,
+            build(ctx),
+            path="/",
+            theme=gr.themes.Base(font=["IBM Plex Sans"], font_mono=["IBM Plex Mono"]),
+            footer_links=[],
+            run_history=False,
+            ssr_mode=False,
+            favicon_path=str(STATIC / "icon.png"),
+            show_error=True,
+        )
+
+
+def head() -> str:
+    """What every page's head gets: styles, the list of pages, our script, Plotly's. All ours."""
+    listed = [
+        {"title": page.title, "path": page.path, "key": page.key}
+        for page in pages.find()
+        if page.in_bar
+    ]
+    parts = [
+        tag("link", rel="stylesheet", href=f"/files/app.css?{stamp('app.css')}"),
+        tag("script", Markup("window.qa = {{pages: {}}};").format(Markup(json.dumps(listed)))),
+        tag("script", src=f"/files/app.js?{stamp('app.js')}"),
+        tag("script", src=f"/files/{PLOTLY.name}?{stamp(PLOTLY.name)}", defer=True),
+    ]
+    return str(Markup("").join(parts))
+
+
+def stamp(name: str) -> str:
+    """Changes when a file does, so that browsers may keep it for ever."""
+    found = (STATIC / name).stat() if name != PLOTLY.name else PLOTLY.stat()
+    return f"{found.st_mtime_ns:x}-{found.st_size:x}"
+
+
+def add_assets(app: FastAPI) -> None:
+    """/files: our script and styles, and Plotly's own file from its package."""
+
+    @app.get("/files/plotly.min.js", include_in_schema=False)
+    def plotly_file() -> FileResponse:
+        return FileResponse(PLOTLY, headers={"Cache-Control": f"max-age={YEAR_S}, immutable"})
+
+    app.mount("/files", StaticFiles(directory=STATIC))
+
+
+def add_routes(app: FastAPI, ctx: Context) -> None:
+    """Health, the state of work for the top bar, read-only SQL, the table as a file."""
+
+    @app.get("/healthz")
+    def healthz() -> dict[str, Any]:
+        return {"ok": True, "version": ctx.store.version}
+
+    @app.get("/api/status")
+    def work() -> dict[str, Any]:
+        return status.status(ctx)
+
+    @app.post("/api/sql")
+    async def sql(request: Request) -> Response:
+        if not ctx.trusted(request):
+            return refusal("SQL needs the token that the server printed when it started.", 403)
+        return sql_answer(ctx.store, await request.body())
+
+    @app.get("/download/runs.{kind}")
+    def download(kind: str, request: Request) -> Response:
+        if kind not in WRITERS:
+            return refusal(f"there is no format {kind!r}; there are {', '.join(WRITERS)}", 404)
+        return table_file(ctx.store, Picks.read(request.query_params), kind)
+
+
+def sql_answer(store: Store, body: bytes) -> Response:
+    """{"sql": "SELECT ..."} -> {"columns", "rows"} or {"error"} in one sentence."""
+    try:
+        frame = store.query(str(json.loads(body)["sql"]))
+    except StoreError as error:
+        return refusal(str(error), 400)
+    except (ValueError, KeyError, TypeError):
+        return refusal('send JSON: {"sql": "SELECT ..."}', 400)
+    text = frame.to_json(orient="split", index=False, date_format="iso")
+    data = json.loads(text)
+    return JSONResponse({"columns": data["columns"], "rows": data["data"]})
+
+
+def refusal(text: str, code: int) -> JSONResponse:
+    """An error in one sentence."""
+    return JSONResponse({"error": text}, status_code=code)
+
+
+def table_file(store: Store, picks: Picks, kind: str) -> Response:
+    """The rows of the table as a file, with deltas and every condition."""
+    known = rows.models(store)
+    wide = rows.kept(rows.wide(store, picks.model or (known[0] if known else "")), picks)
+    frame = with_baseline(wide, rows.measured(wide))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"runs.{kind}"
+        WRITERS[kind](frame, file)
+        name = f'attachment; filename="quantarena-runs.{kind}"'
+        return Response(
+            file.read_bytes(),
+            media_type="application/octet-stream",
+            headers={"Content-Disposition": name},
+        )
+
+
+Next = Callable[[Request], Awaitable[Response]]
+
+
+def gate(ctx: Context) -> Callable[[Request, Next], Awaitable[Response]]:
+    """Turns ?token= into a cookie, closes what no page uses, puts our head into pages."""
+    in_head = head()
+
+    async def check(request: Request, following: Next) -> Response:
+        if request.url.path == "/gradio_api/upload":
+            return refusal("this server takes no files", 403)
+        shown = request.query_params.get("token", "")
+        if shown and request.method == "GET" and ctx.token and ctx.trusted(request):
+            rest = request.url.remove_query_params("token")
+            answer = RedirectResponse(rest.path + (f"?{rest.query}" if rest.query else ""))
+            answer.set_cookie(TOKEN_NAME, shown, httponly=True, samesite="strict")
+            return answer
+        return await with_head(request, await following(request), in_head)
+
+    return check
+
+
+async def with_head(request: Request, answer: Response, in_head: str) -> Response:
+    """A page with our head in it from the first byte: Gradio would add it later, by script."""
+    kind = answer.headers.get("content-type", "")
+    if request.method != "GET" or not kind.startswith("text/html"):
+        return answer
+    chunks = [chunk async for chunk in cast(StreamingResponse, answer).body_iterator]
+    body = b"".join(c if isinstance(c, bytes) else str(c).encode() for c in chunks)
+    headers = {k: v for k, v in answer.headers.items() if k != "content-length"}
+    page = body.replace(b"</head>", in_head.encode() + b"</head>", 1)
+    return Response(page, answer.status_code, headers)
+
+
+def serve(home: Path, host: str, port: int, token: str = "", models: Sequence[Path] = ()) -> None:
+    """Own `home`, work its queue and show it until stopped. ValueError in one sentence if not."""
+    if host not in LOOPBACK and not token:
+        token = secrets.token_urlsafe(18)
+    with Ownership(home) as ownership, listening(host, port) as listener:
+        store = Store(home / DATABASE)
+        queue = Queue(home)
+        supervisor = Supervisor(queue, store)
+        stop = threading.Event()
+        worker = threading.Thread(target=supervisor.run_until, args=(stop,), name="supervisor")
+        ctx = Context(store, queue, home, tuple(models), host, token, queue)
+        config = uvicorn.Config(build_app(ctx), log_level="warning", timeout_graceful_shutdown=2)
+        url = address(host, listener.getsockname()[1], token)
+        server = Telling(config, lambda: _ready(ownership, url, token))
+        worker.start()
+        try:
+            server.run(sockets=[listener])
+        finally:
+            stop.set()
+            worker.join()
+            supervisor.close()
+
+
+class Telling(uvicorn.Server):
+    """A server that says when it answers."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+
+def _ready(ownership: Ownership, url: str, token: str) -> None:
+    ownership.announce(url.split("?")[0].rstrip("/"), token)
+    print(f"QuantArena is at {url}", flush=True)
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A bound socket; ValueError in one sentence where the port is taken or not ours to take."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ValueError(
+            f"cannot listen on {host}:{port} ({error.strerror}); stop what uses it or choose "
+            "another with --port"
+        ) from None
+
+
+def address(host: str, port: int, token: str) -> str:
+    """What to open in a browser."""
+    name = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    name = f"[{name}]" if ":" in name else name
+    shown = f"/?token={token}" if token and host not in LOOPBACK else ""
+    return f"http://{name}:{port}{shown}"

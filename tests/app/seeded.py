@@ -1,0 +1,174 @@
+"""A home with plausible results: events of runs that never ran, for pages and pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from app import first_tour
+from app.recipe_words import recipe_of
+from backend.metrics import METRICS
+from backend.spec import ModelRef, RunSpec
+from jobs import folders
+from jobs.events import append
+from jobs.queue import Queue
+from results_db.store import Store
+
+LOSS = {"8": 0.0005, "6": 0.004, "4": 0.02, "3": 0.14, "2": 1.6, "16": 0.0}
+WORTH = {"gptq": 0.45, "rtn": 1.0, "smoothquant": 0.8}
+
+
+def fill(home: Path, *, states: Sequence[str] = ()) -> list[str]:
+    """Write the tour's run folders with made-up numbers -> run ids. `states` of the last ones."""
+    specs = first_tour.specs()
+    ended = ["done"] * (len(specs) - len(states)) + list(states)
+    return [
+        _one(home, spec, state, at)
+        for at, (spec, state) in enumerate(zip(specs, ended, strict=True))
+    ]
+
+
+def known(spec: RunSpec) -> RunSpec:
+    """The spec as if its model had been found."""
+    model = ModelRef(id=spec.model.id, content="c0ffee123456")
+    return spec.model_copy(update={"model": model})
+
+
+def queue_of(home: Path) -> Queue:
+    """A queue that looks at no model and refuses nothing."""
+    return Queue(home, resolve=known, preflight=lambda spec, device, home: None)
+
+
+def store_of(home: Path) -> Store:
+    """The store over all run folders of a home."""
+    from jobs.events import read
+
+    store = Store(home / "results.duckdb")
+    for run_id in folders.run_ids(home):
+        folder = home / "runs" / run_id
+        events, offset = read(folder, 0)
+        store.ingest(run_id, (folder / folders.SPEC).read_text(), events, offset)
+    return store
+
+
+def _one(home: Path, spec: RunSpec, state: str, at: int) -> str:
+    text = json.dumps(spec.model_dump(mode="json"))
+    run_id = queue_of(home).submit(
+        spec, label=first_tour.LABEL, recipe=recipe_of(text).text, device="cpu"
+    )
+    folder = home / "runs" / run_id
+    if state != "queued":
+        append(
+            folder, "env", env={"python": "3.11.7", "torch": "2.13.0", "cpu": "EPYC", "cores": 2}
+        )
+        append(folder, "state", state="running")
+        for stage in spec.stages():
+            append(folder, "stage", stage=stage, status="started")
+            if state == "running" and stage == "evaluate":
+                append(
+                    folder,
+                    "progress",
+                    stage=stage,
+                    block=None,
+                    blocks=None,
+                    item="window 9 of 24",
+                    fraction=0.37,
+                )
+                break
+            append(folder, "stage", stage=stage, status="done")
+        for event in _events(spec, text, at) if state == "done" else ():
+            append(folder, event.pop("type"), **event)
+        if state not in ("running",):
+            error = {
+                "type": "OutOfMemoryError",
+                "message": "block 2 needs 3.1 GiB and 2.0 are free",
+                "todo": "choose fewer calibration samples or a smaller model",
+                "traceback": "Traceback (most recent call last):\n  File ...",
+            }
+            append(folder, "state", state=state, **({"error": error} if state == "failed" else {}))
+        (folder / "log.txt").write_text("loading demo\nblock 1 of 4\n<b>not bold</b>\n")
+    return run_id
+
+
+def _events(spec: RunSpec, text: str, at: int) -> Iterator[dict[str, Any]]:
+    recipe, rng = recipe_of(text), random.Random(at)
+    group = next((s.format.group for s in spec.steps if hasattr(s, "format")), 0)
+    loss = LOSS[recipe.bits] * WORTH.get(recipe.family, 1.0) * (0.6 if group else 1.0)
+    loss += 0.05 if "per_tensor" in recipe.text else 0.0
+    bits = float(recipe.bits) + ((32 / group if group else 0.12) if spec.steps else 0.0)
+    numbers = [
+        ("perplexity", "perplexity", 7.03 * (1 + loss), "", "lower", 24552, 0.05 * (1 + loss)),
+        ("divergence", "mean_kld", loss * 0.35, "nats", "lower", 16368, 0.02 * loss),
+        ("divergence", "same_top", math.exp(-loss * 1.5), "fraction", "higher", 16368, 0.003),
+        ("size", "bits_per_weight", bits, "bits", "lower", 1, None),
+        ("size", "weight_bytes", 2_400_000 + 860_000 * bits, "bytes", "lower", 1, None),
+        ("tasks", "demo_capitals/acc,none", 0.97 * math.exp(-loss), "fraction", "higher", 40, 0.02),
+        ("tasks", "demo_sums/acc,none", 0.95 * math.exp(-2 * loss), "fraction", "higher", 40, 0.03),
+    ]
+    for kind, name, value, unit, better, n, stderr in numbers:
+        yield _measurement(kind, name, value, unit, better, n, stderr, spec.storage)
+    if spec.steps:
+        modules = [
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.down_proj",
+        ]
+        for block in range(4):
+            for module in modules:
+                db = 6.02 * float(recipe.act_bits if recipe.bits == "16" else recipe.bits)
+                db += rng.gauss(0, 1.5) - (4 if "down" in module else 0)
+                yield _measurement(
+                    "size", "output_sqnr", db, "dB", "higher", 1, None, "", layer=[block, module]
+                )
+    if recipe.family == "gptq" and recipe.bits == "2":
+        yield {
+            "type": "note",
+            "block": 1,
+            "module": "mlp.down_proj",
+            "text": "Hessian singular at damping 0.01; rounded to nearest instead",
+        }
+
+
+def _measurement(
+    kind: str,
+    name: str,
+    value: float,
+    unit: str,
+    better: str,
+    n: int,
+    stderr: float | None,
+    storage: str,
+    layer: list[Any] | None = None,
+) -> dict[str, Any]:
+    metric_id = hashlib.sha256(kind.encode()).hexdigest()[:12]
+    return {
+        "type": "measurement",
+        "metric_id": metric_id,
+        "metric": kind,
+        "version": 1,
+        "name": name,
+        "value": value,
+        "unit": unit,
+        "better": better,
+        "n": n,
+        "stderr": stderr,
+        "layer": layer,
+        "detail": {},
+        "device": "cpu",
+        "dtype": "float32",
+        "storage": storage,
+        "data": "d" * 12,
+        "items_file": None,
+    }
+
+
+METRICS.load()
