@@ -10,7 +10,7 @@ from typing import Any
 from app.form import expand, read_metric
 from backend.model.identity import DEMOS, looks_local
 from backend.recipes import parse
-from backend.registry import Part
+from backend.registry import Part, one_sentence
 from backend.spec import Calibration, ModelRef, RunSpec
 
 QUICK = "perplexity(limit=16)\ndivergence(limit=8)\nsize"
@@ -77,17 +77,6 @@ def check_line(text: str) -> Line:
     except ValueError as error:
         return Line(text, error=one_sentence(error))
     return Line(text, pipelines)
-
-
-def one_sentence(error: Exception) -> str:
-    """An error for a page: pydantic's reports are many lines, ours are one."""
-    errors = getattr(error, "errors", None)
-    if not callable(errors):
-        return str(error)
-    first = errors()[0]
-    name = ".".join(str(step) for step in first["loc"])
-    message = str(first["msg"]).removeprefix("Value error, ")
-    return f"{name}: {message}" if name and first["type"] != "value_error" else message
 
 
 def metrics_of(draft: Draft) -> tuple[Part, ...]:

@@ -28,9 +28,9 @@ RECIPES = (
 # Small enough for 12 runs in two minutes on two cores; raise the limits for finer intervals.
 METRIC_KNOBS: tuple[dict[str, object], ...] = (
     {"kind": "size"},
-    {"kind": "perplexity", "limit": 16},
-    {"kind": "divergence", "limit": 16},  # the same windows: the model runs once for both
-    {"kind": "tasks", "limit": 48},
+    {"kind": "perplexity", "limit": 24},
+    {"kind": "divergence", "limit": 24},  # the same windows: the model runs once for both
+    {"kind": "tasks", "limit": 120},
 )
 
 

@@ -44,7 +44,7 @@ def _cheapest(near: Sequence[Record], base: Record, x: Axis, y: Axis) -> Record:
 
 
 def _keeps(row: Record, base: Record, model: str, x: Axis, y: Axis) -> str:
-    what = look.label(y.name).lower()
+    what = look.inline(y.name)
     gap = worse_by(row, base, y)
     kept = f"stays within {look.percent(max(gap, 0.001))} of 16-bit {what}"
     if not base[y.name]:
@@ -57,12 +57,12 @@ def _at(row: Record, base: Record, x: Axis) -> str:
         return f" at {look.quantity(x.name, row[x.name], x.unit)} bits per weight"
     if x.unit == "bytes" and base[x.name]:
         return f" at {100 * row[x.name] / base[x.name]:.0f} % of the size"
-    return f" at {look.label(x.name).lower()} {look.quantity(x.name, row[x.name], x.unit)}"
+    return f" at {look.inline(x.name)} {look.quantity(x.name, row[x.name], x.unit)}"
 
 
 def _none_close(rivals: Sequence[Record], base: Record, model: str, y: Axis) -> str:
     best = min(rivals, key=lambda r: worse_by(r, base, y))
-    what = look.label(y.name).lower()
+    what = look.inline(y.name)
     return (
         f"On {model}, no recipe here stays within 1 % of 16-bit {what}; "
         f"{best['name']} comes closest ({_told(best, base, y)})"

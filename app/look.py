@@ -173,6 +173,12 @@ def label(name: str, short: bool = False) -> str:
     return known or f"{task} {measure}".replace("_", " ").strip()
 
 
+def inline(name: str) -> str:
+    """The label inside a sentence: `mean KL divergence`, but `RMS probability shift`."""
+    text = label(name)
+    return text[0].lower() + text[1:] if text[1:2].islower() else text
+
+
 def quantity(name: str, value: float | None, unit: str = "") -> str:
     """A number in the form its kind is read in; missing is an en dash."""
     if value is None or value != value:

@@ -150,7 +150,7 @@ def condition_text(row: Record, names: Sequence[str]) -> str:
     counted = [n for n in names if str(row.get(f"{n}__unit")) not in ("bits", "bytes")] or names
     places = dict.fromkeys(f"{row[f'{n}__device']}, {row[f'{n}__dtype']}" for n in counted)
     counts = [
-        f"{look.label(n).lower()} n = {look.whole(row[f'{n}__n'])}"
+        f"{look.inline(n)} n = {look.whole(row[f'{n}__n'])}"
         for n in counted
         if row.get(f"{n}__n") is not None and not pd.isna(row[f"{n}__n"])
     ]

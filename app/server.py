@@ -26,6 +26,7 @@ from markupsafe import Markup
 from app import api, pages, rows, status
 from app.context import LOOPBACK, TOKEN_NAME, Context, Picks
 from app.markup import tag
+from jobs import devices
 from jobs.home import DATABASE, Ownership
 from jobs.queue import Queue
 from jobs.supervisor import Supervisor
@@ -206,7 +207,7 @@ def serve(home: Path, host: str, port: int, token: str = "", models: Sequence[Pa
         token = secrets.token_urlsafe(18)
     with Ownership(home) as ownership, listening(host, port) as listener:
         store = Store(home / DATABASE)
-        queue = Queue(home)
+        queue = Queue(home, slots=devices.here())
         supervisor = Supervisor(queue, store)
         stop = threading.Event()
         worker = threading.Thread(target=supervisor.run_until, args=(stop,), name="supervisor")

@@ -14,6 +14,9 @@ from typing import Any
 
 import psutil
 
+# Two stages side by side, half the cores each: in small models threads mostly wait for each other
+# (demo, 2 busy cores: a forward pass of 2,048 tokens takes 0.08 s on one thread, 1.4 s on two).
+CPU_SLOTS = 2
 NVIDIA = Path("/proc/driver/nvidia/gpus")  # one folder per card, where the driver is loaded
 
 
@@ -39,8 +42,9 @@ class Place:
         return asdict(self)
 
 
-def here(cpu: int = 1, visible: str | None = None) -> Slots:
+def here(cpu: int | None = None, visible: str | None = None) -> Slots:
     """This machine's slots. `visible` is CUDA_VISIBLE_DEVICES unless given."""
+    cpu = min(CPU_SLOTS, cores()) if cpu is None else cpu
     listed = os.environ.get("CUDA_VISIBLE_DEVICES") if visible is None else visible
     cards = count_cards()
     if listed is None:

@@ -113,9 +113,8 @@ def draw(table: pd.DataFrame) -> go.Figure:
     x, y = table.attrs["x"], table.attrs["y"]
     traces = [*_front(table, x, y), *_families(table), *_baselines(table), *_rings(table)]
     fig = look.figure(traces)
-    zoomed = bool(table.attrs.get("zoom"))
     for at, axis, update in (("x", x, fig.update_xaxes), ("y", y, fig.update_yaxes)):
-        ticks = {} if zoomed and axis.log else _ticks(axis, table[at])
+        ticks = _ticks(axis, _visible(table, at, axis))
         update(title_text=axis.title, type="log" if axis.log else "linear", **ticks)
     _ranges(fig, table, x, y)
     _guides(fig, table)
@@ -124,15 +123,39 @@ def draw(table: pd.DataFrame) -> go.Figure:
     return fig
 
 
+def _visible(table: pd.DataFrame, at: str, axis: rows.Axis) -> pd.Series:
+    """The values between which an axis runs: those zoomed to, else all."""
+    zoom = table.attrs.get("zoom") or ()
+    ends = zoom[:2] if at == "x" else zoom[2:]
+    return pd.Series([10.0**end if axis.log else end for end in ends] if zoom else table[at])
+
+
 def _ticks(axis: rows.Axis, values: pd.Series) -> dict[str, Any]:
     """Ticks a person would draw: per cents, bytes, and round numbers on short log axes."""
     at = log_ticks(values, BITS if axis.unit == "bits" else ROUND) if axis.log else []
-    style: dict[str, Any] = {"tickvals": at, "ticktext": [f"{v:g}" for v in at]} if at else {}
+    told = {"tickvals": at, "ticktext": [f"{v:g}" for v in at]}
+    style: dict[str, Any] = told if len(at) > 2 else {}
     if axis.unit in ("fraction", "share", "accuracy"):
         return {"tickformat": ".0%"}
     if axis.unit == "bytes":
-        return {"tickformat": ".3~s", "ticksuffix": "B"} | ({"dtick": "D2"} if axis.log else {})
+        at = byte_ticks(values, axis.log)
+        return {"tickvals": at, "ticktext": [look.in_bytes(v) for v in at]} if len(at) > 1 else {}
     return style or ({"dtick": 1, "tickformat": "~g"} if axis.log else {})
+
+
+def byte_ticks(values: pd.Series, log: bool) -> list[float]:
+    """Round numbers of KiB, MiB or GiB: the units that tables use."""
+    known = values[(values > 0) & values.map(math.isfinite)]
+    if not len(known):
+        return []
+    unit = max(u for u in (1, 2**10, 2**20, 2**30) if u <= known.max())
+    if log:
+        return [unit * tick for tick in log_ticks(known / unit)]
+    low, high = known.min() / unit, known.max() / unit
+    size = 10.0 ** math.floor(math.log10((high - low) / 5 or high or 1))
+    step = next(size * m for m in (1, 2, 5, 10) if size * m >= (high - low) / 5 or m == 10)
+    count = range(math.ceil(low / step), math.floor(high / step) + 1)
+    return [unit * step * k for k in count]
 
 
 ROUND = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)

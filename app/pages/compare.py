@@ -100,7 +100,7 @@ def empty(ctx: Context, model: str) -> Markup:
     button = tag("button", "First tour", class_="button primary", data_act={"do": "tour"})
     facts = (
         f"The first tour runs the 16-bit baseline and {len(first_tour.RECIPES)} recipes on the "
-        "bundled model. It takes about two minutes on two CPU cores and downloads nothing."
+        "bundled model. It takes one to two minutes on two CPU cores and downloads nothing."
     )
     own = tag("a", "Or set up your own run", href="/new", data_carry=True)
     children = [tag("h1", about), tag("p", facts), tag("p", button, own, class_="row")]
@@ -115,9 +115,9 @@ def _coming(counts: Mapping[str, int]) -> Markup:
 
 def ghost_chart() -> Markup:
     """A drawing of what will be here, in grey."""
-    dots = [(40, 120), (62, 82), (96, 60), (150, 44), (226, 38), (110, 96), (170, 70)]
+    dots = [(40, 30), (62, 68), (96, 90), (150, 106), (226, 112), (110, 52), (172, 80)]
     circles = [tag("circle", cx=x, cy=y, r=5) for x, y in dots]
-    line = tag("path", d="M40 120H62V82H96V60H150V44H226V38")
+    line = tag("path", d="M40 30H62V68H96V90H150V106H226V112")
     return tag("svg", line, circles, viewBox="0 0 260 150", class_="ghost", aria_hidden="true")
 
 

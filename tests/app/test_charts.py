@@ -313,3 +313,13 @@ def test_a_difference_is_coloured_only_if_its_interval_excludes_zero(value, erro
         "acc__base_stderr": errors[1],
     }
     assert table.verdict(record, "acc") == says
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("values", [[700_000, 1_700_000], [3e9, 16e9], [512.0], [0.0], []])
+def test_byte_ticks_are_few_round_and_inside(values, log):
+    ticks = pareto.byte_ticks(pd.Series(values, dtype=float), log)
+    assert len(ticks) <= 14
+    assert all(0.85 * min(values) <= tick <= 1.15 * max(values) for tick in ticks)
+    if len(values) > 1:
+        assert len(ticks) >= 2
