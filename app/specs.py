@@ -21,6 +21,8 @@ def flat(spec: Spec) -> dict[str, str]:
     """Nested spec -> {"step 1 · format · bits": "4"}; lists of parts are numbered by their kind."""
     found: dict[str, str] = {}
     for name, value in spec.items():
+        if name == "calibration" and value["dataset"] == "auto":
+            continue  # a submitted run names its data, unless its steps look at none
         if name == "steps":
             for number, step in enumerate(value, 1):
                 found |= _leaves(f"step {number}", step)
@@ -48,6 +50,7 @@ def defaults(spec: Spec) -> dict[str, str]:
     """`flat` of the same spec with every knob at its default; kinds and the model count as told."""
     parts = {"steps": METHODS, "metrics": METRICS}
     plain = RunSpec(model=ModelRef(id="-")).model_dump(mode="json")
+    plain["calibration"]["dataset"] = "-"
     for name, registry in parts.items():
         plain[name] = [_default_part(registry, part) for part in spec.get(name, ())]
     return {n: v for n, v in flat(plain).items() if n != "model · id" and not n[-1].isdigit()}
