@@ -109,6 +109,8 @@ def specs_of(args: argparse.Namespace) -> list[tuple[str, Any]]:
     model = ModelRef(id=local_path(name), revision=revision, dtype=args.dtype)
     measured = metrics_of(args)
     calibration = Calibration(dataset=data_name(args.calibration))
+    if any(not text.strip() for text in args.recipe):
+        raise ValueError("--recipe is empty; `quantarena recipes` lists presets")
     texts = ["baseline", *args.recipe]
     return [
         (

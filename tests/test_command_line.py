@@ -128,6 +128,7 @@ def test_a_bad_model_folder_gets_one_sentence(tmp_path, capsys, change, word):
 
 BAD_ARGUMENTS = [
     (["--recipe", "gptqq(bits=4)"], ["gptqq", "did you mean 'gptq'"]),
+    (["--recipe", " "], ["--recipe is empty"]),
     (["--recipe", "gptq(bitz=4)"], ["bitz", "bits"]),
     (["--recipe", "rtn(bits=11)"], ["bits", "11"]),
     (["--recipe", "rtn(bits=4)", "--metrics", "perplexitty"], ["perplexitty", "perplexity"]),

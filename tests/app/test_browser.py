@@ -18,8 +18,6 @@ from urllib.parse import urlparse
 import pytest
 import seeded
 
-from backend import demo
-
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
@@ -90,8 +88,6 @@ class Serving:
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory) -> Iterator[str]:
     """A server on an empty home."""
-    if not demo.model_folder().is_dir():
-        pytest.skip("the bundled model is not built yet")
     serving = Serving(tmp_path_factory.mktemp("home"))
     yield serving.url
     serving.stop()
