@@ -46,7 +46,8 @@ def execute(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     spec = spec if spec.model.content else resolve(spec)
-    emit("env", env=environment())
+    # GPTQ on one thread and on two differs in the fourth digit: sums are taken in another order.
+    emit("env", env={**environment(), "threads": torch.get_num_threads()})
     work = Stage(spec, stage, folder, device, home, emit, should_stop)
     if stage == "quantize":
         work.quantize()

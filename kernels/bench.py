@@ -124,6 +124,8 @@ def row_of(
 def line(row: dict[str, Any]) -> str:
     """One row for people."""
     width = f"w{row['weight']['bits']}" + (f"a{row['act']['bits']}" if row["act"] else "a16")
+    group = row["weight"]["group"]
+    width += f" g{group}" if group else ""
     shape = f"m={row['m']} n={row['n']} k={row['k']}"
     if not row["correct"]:
         return f"{row['kernel']} {width} {shape}: wrong by {row['max_rel_err']:.2g}, not timed"
