@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     run_ids = [queue.submit(spec, recipe=text, device=args.device) for text, spec in specs]
     show_progress(queue, run_ids)
     reports = [
-        report(queue, run_id) | {"recipe": text}
+        report(queue, run_id) | {"recipe": "".join(text.split())}
         for run_id, (text, _) in zip(run_ids, specs, strict=True)
     ]
     print_results(reports)
@@ -101,7 +101,7 @@ def exit_code(entry: dict[str, Any]) -> int:
 
 
 def specs_of(args: argparse.Namespace) -> list[tuple[str, Any]]:
-    """[(recipe text without blanks, RunSpec)], the baseline first."""
+    """[(recipe text as given, RunSpec)], the baseline first."""
     from backend.recipes import parse
     from backend.spec import Calibration, ModelRef, RunSpec
 
@@ -114,7 +114,7 @@ def specs_of(args: argparse.Namespace) -> list[tuple[str, Any]]:
     texts = ["baseline", *args.recipe]
     return [
         (
-            "".join(text.split()),
+            text.strip(),
             RunSpec(
                 model=model,
                 steps=parse(text),
