@@ -96,6 +96,7 @@ class Picks:
     xscale: str = ""  # log | linear; "": log where values span more than a decade
     yscale: str = ""
     zoom: Words = ()  # x0, x1, y0, y1 in axis coordinates
+    drag: str = ""  # what dragging over the chart does; "": zoom, select: selects runs
     family: Words = ()  # filters; empty lets everything through
     bits: Words = ()
     target: Words = ()

@@ -52,7 +52,7 @@ def points(wide: pd.DataFrame, picks: Picks) -> pd.DataFrame:
     table = _points(shown, x, y, picks) if len(shown) else pd.DataFrame(columns=list(COLUMNS))
     if picks.front and len(table):
         table = table[table["front"] | table["is_baseline"]].reset_index(drop=True)
-    table.attrs = {"x": x, "y": y, "choice": choice, "zoom": _zoom(picks)}
+    table.attrs = {"x": x, "y": y, "choice": choice, "zoom": _zoom(picks), "drag": picks.drag}
     return table
 
 
@@ -116,6 +116,8 @@ def draw(table: pd.DataFrame) -> go.Figure:
     for at, axis, update in (("x", x, fig.update_xaxes), ("y", y, fig.update_yaxes)):
         ticks = _ticks(axis, _visible(table, at, axis))
         update(title_text=axis.title, type="log" if axis.log else "linear", **ticks)
+    if table.attrs.get("drag") == "select":
+        fig.update_layout(dragmode="select")
     _ranges(fig, table, x, y)
     _guides(fig, table)
     for label in front_labels(table, x, y):

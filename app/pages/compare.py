@@ -243,7 +243,15 @@ def y_picker(view: pd.DataFrame, wide: pd.DataFrame, picks: Picks) -> Markup:
         data_set={"table": "" if picks.table else "1"},
     )
     zoom = tag("button", "Reset zoom", class_="tool", data_set={"zoom": ""}) if picks.zoom else None
-    tools = tag("span", zoom, table, pictures, class_="tools")
+    drag = tag(
+        "button",
+        "Select area",
+        class_="tool",
+        aria_pressed=str(picks.drag == "select").lower(),
+        data_set={"drag": "" if picks.drag == "select" else "select"},
+        title="Drag over the chart to select runs; else dragging zooms",
+    )
+    tools = tag("span", zoom, drag, table, pictures, class_="tools")
     return tag("div", axis_picker("y", view.attrs["y"], wide), tools, class_="axis-row")
 
 

@@ -178,6 +178,11 @@
       const id = e.points[0] && e.points[0].customdata;
       if (typeof id === 'string' && box.closest('.selects')) toggle('runs', id, !additive(e.event));
     });
+    box.on('plotly_selected', (e) => {
+      if (!e || !box.closest('.selects')) return;
+      const ids = e.points.map((p) => p.customdata).filter((id) => typeof id === 'string');
+      if (ids.length) setParams({ runs: [...new Set(ids)].join(BETWEEN) });
+    });
     box.on('plotly_hover', (e) => mark(e.points[0] && e.points[0].customdata, true));
     box.on('plotly_unhover', () => mark(null));
     box.on('plotly_doubleclick', () => setParams({ zoom: '' }));

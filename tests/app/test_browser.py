@@ -227,6 +227,23 @@ def test_a_point_answers_a_click_and_shift_adds(filled, visit):
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
 
 
+def test_dragging_over_the_chart_selects_what_is_inside(filled, visit):
+    page = visit(filled).open("/")
+    points(page, 12)
+    page.get_by_role("button", name="Select area").click()
+    page.wait_for_function("document.querySelector('.selects .plot').layout.dragmode === 'select'")
+    area = page.locator(".selects .plot .nsewdrag").first.bounding_box()
+    page.mouse.move(area["x"] + 2, area["y"] + 2)
+    page.mouse.down()
+    page.mouse.move(area["x"] + area["width"] / 2, area["y"] + area["height"] - 2, steps=5)
+    page.mouse.up()
+    page.wait_for_function("location.search.includes('runs=')")
+    page.get_by_text("runs side by side").wait_for()
+    selected = page.url.split("runs=")[1].split("&")[0].split("~")
+    assert 2 <= len(selected) < 12
+    assert len(set(selected)) == len(selected)
+
+
 def test_filters_search_sort_and_columns_live_in_the_url(filled, visit):
     page = visit(filled).open("/")
     points(page, 12)
