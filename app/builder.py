@@ -11,7 +11,7 @@ from app import form, look, rows
 from app.context import Context
 from app.draft import PRESETS, Draft, Line, check_line, check_paths, is_here, kind_of, one_sentence
 from app.form import StepDraft, Widget
-from app.markup import join, tag
+from app.markup import join, search_box, tag
 from app.recipe_words import kind_name
 from backend.methods import METHODS
 from backend.metrics import METRICS
@@ -299,16 +299,7 @@ def field_input(
 
 def preset_cards(draft: Draft) -> Markup:
     """Every preset, by family, searchable."""
-    search = tag(
-        "input",
-        type="search",
-        placeholder="Search presets  ( / )",
-        class_="search",
-        data_filters=".preset",
-        data_search=True,
-        aria_label="Search presets",
-        id="preset-search",
-    )
+    search = search_box("Search presets", data_filters=".preset", id="preset-search")
     lines = set(draft.lines())
     groups: dict[str, list[Markup]] = {}
     for name, text in presets().items():

@@ -26,6 +26,19 @@ def join(children: Iterable[Any], between: str = "") -> Markup:
     return Markup(between).join(_flat(children))
 
 
+def search_box(words: str, *, label: str = "", **attributes: Any) -> Markup:
+    """A field that filters what is on the page; `/` jumps to it."""
+    return tag(
+        "input",
+        type="search",
+        placeholder=f"{words}  ( / )",
+        aria_label=label or words,
+        data_search=True,
+        class_="search",
+        **attributes,
+    )
+
+
 def _flat(children: Iterable[Any]) -> Iterable[Markup]:
     for child in children:
         if child is None or child is False:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from app import look, rows
 from app.context import Picks
-from app.markup import join, tag
+from app.markup import join, search_box, tag
 from results_db.queries import with_baseline
 
 ALWAYS = ("bits_per_weight", "weight_bytes", "perplexity", "mean_kld", "same_top", "decode_tps")
@@ -72,16 +72,7 @@ def ordered(table: pd.DataFrame, picks: Picks) -> pd.DataFrame:
 
 
 def _tools(wide: pd.DataFrame, names: Sequence[str], picks: Picks) -> Markup:
-    search = tag(
-        "input",
-        type="search",
-        value=picks.search,
-        placeholder="Search runs  ( / )",
-        data_param="search",
-        data_search=True,
-        aria_label="Search runs",
-        class_="search",
-    )
+    search = search_box("Search runs", value=picks.search, data_param="search")
     links = [
         tag(
             "a",

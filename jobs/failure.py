@@ -13,13 +13,14 @@ AGAIN = "retry continues after the last finished block"
 def explain(error: Exception, stage: str) -> dict[str, Any]:
     """An exception of a stage -> {type, message, todo, traceback, bad_input}."""
     message, todo = sentences(error, stage)
+    ours = out_of_memory(error) or disk_full(error)  # may come wrapped in a complaint about files
     trace = "".join(traceback.format_exception(error))
     return {
         "type": type(error).__name__,
         "message": message,
         "todo": todo,
         "traceback": trace,
-        "bad_input": isinstance(error, ValueError),  # what was asked for cannot work
+        "bad_input": isinstance(error, ValueError) and not ours,  # what was asked cannot work
     }
 
 

@@ -99,7 +99,7 @@ class Warm:
         except BaseException:
             traceback.print_exc()
         finally:
-            with suppress(Exception):
+            with suppress(OSError, ValueError):  # a full disk, a closed stream
                 sys.stdout.flush()
                 sys.stderr.flush()
             os._exit(status)

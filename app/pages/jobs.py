@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from app import look
 from app.context import BETWEEN, Context
-from app.markup import join, tag
+from app.markup import join, search_box, tag
 from app.views import model_of, recipe_in
 from app.widgets import connect, live, query, skeleton
 from jobs.events import State
@@ -134,16 +134,7 @@ def filters(views: Sequence[RunView], wanted: Wanted) -> Markup:
         for state in FILTERS
         if state == "all" or counts[state] or state == wanted.state
     ]
-    search = tag(
-        "input",
-        type="search",
-        value=wanted.search,
-        placeholder="Search  ( / )",
-        data_param="search",
-        data_search=True,
-        aria_label="Search runs",
-        class_="search",
-    )
+    search = search_box("Search", label="Search runs", value=wanted.search, data_param="search")
     return tag(
         "div",
         tag("h1", summary(views), class_="headline"),

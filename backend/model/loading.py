@@ -79,7 +79,9 @@ def load_weights(folder: Path, dtype: torch.dtype) -> Any:
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-        except Exception as error:
+        except MemoryError:  # says nothing of the files
+            raise
+        except Exception as error:  # the libraries below raise anything; the sentence keeps it
             raise ModelError(f"the weights in {folder} cannot be loaded: {first(error)}") from error
     if missing := sorted(found["missing_keys"]):
         raise ModelError(

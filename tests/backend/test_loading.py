@@ -275,3 +275,12 @@ def test_resolve_refuses_texts_and_windows_that_do_not_fit(llama_folder, text_fi
         resolve(spec_of(llama_folder, "wikitext3"))
     with pytest.raises(ValueError, match=r"cannot read the text .*gone.txt: No such file"):
         resolve(spec_of(llama_folder, text_file.parent / "gone.txt"))
+
+
+def test_running_out_of_memory_is_not_blamed_on_the_files(folder, monkeypatch):
+    def exhausted(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", exhausted)
+    with pytest.raises(MemoryError):
+        load(ref(folder))

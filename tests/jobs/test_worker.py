@@ -88,6 +88,12 @@ def test_a_full_disk_inside_another_library_is_recognised():
     assert "disk is full" in failure.explain(error, "quantize")["message"]
 
 
+@pytest.mark.parametrize("cause", ["CUDA out of memory.", "No space left on device", "odd shapes"])
+def test_only_a_complaint_about_what_was_asked_is_bad_input(cause):
+    error = ValueError(f"the weights cannot be loaded: {cause}")
+    assert failure.explain(error, "evaluate")["bad_input"] == (cause == "odd shapes")
+
+
 def test_cancel_stops_between_blocks_and_retry_continues(place):
     run_id = place.submit(chain(blocks=4))
     folder = place.folder(run_id)
