@@ -35,7 +35,10 @@ class TextMetric(Metric):
         return run.once(f"windows {self.data()}", lambda: self._windows(run))
 
     def _windows(self, run: Run) -> Tensor:
-        ids = run.tokens(self.dataset, self.limit, self.window)
+        return self._with_bos(run, run.tokens(self.dataset, self.limit, self.window))
+
+    def _with_bos(self, run: Run, ids: Tensor) -> Tensor:
+        """Windows [n, window] as `bos` wants them to begin."""
         if self.bos == "each_window":
             bos = run.tokenizer.bos_token_id
             if bos is None:

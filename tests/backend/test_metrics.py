@@ -255,6 +255,7 @@ def test_divergence_vectors():
 QUICK = {  # knobs that make the registered metrics quick; a new metric runs with its defaults
     "perplexity": {"dataset": "demo", "window": 64, "limit": 4},
     "divergence": {"dataset": "demo", "window": 64, "limit": 4},
+    "sliding_perplexity": {"dataset": "demo", "window": 64, "stride": 48, "limit": 4},
     "tasks": {"limit": 24},
     "speed": {"prompt": 8, "output": 4, "repeats": 3},
 }
@@ -325,6 +326,57 @@ def test_metrics_can_be_cancelled(kind, demo):
     run.should_stop = lambda: True
     with pytest.raises(Cancelled):
         list(METRICS.build({"kind": kind, **QUICK[kind]}).measure(run))
+
+
+# -- sliding perplexity --------------------------------------------------------------------------
+
+
+def nll_by_hand(run: Run, ids: torch.Tensor, window: int, stride: int) -> list[float]:
+    """NLL of every token scored once, window after window."""
+    found: list[float] = []
+    for start in range(0, len(ids) - window + 1, stride):
+        part = ids[start : start + window]
+        logp = run.logits(part[None])[0].double().log_softmax(-1)
+        first = 1 if start == 0 else window - min(stride, window - 1)
+        found += [-float(logp[at - 1, part[at]]) for at in range(first, window)]
+    return found
+
+
+def sliding_of(run: Run, **knobs) -> Measurement:
+    metric = METRICS.build({"kind": "sliding_perplexity", "dataset": "demo", **knobs})
+    return next(iter(metric.measure(run)))
+
+
+def test_sliding_with_a_stride_of_a_window_is_perplexity(demo):
+    run = demo_run(demo, "perplexity")
+    plain = METRICS.build({"kind": "perplexity", "dataset": "demo", "window": 64, "limit": 5})
+    slid = sliding_of(run, window=64, stride=64, limit=5)
+    assert slid.value == pytest.approx(next(iter(plain.measure(run))).value, rel=1e-12)
+
+
+@pytest.mark.parametrize("stride", [16, 31, 63])
+def test_sliding_scores_every_token_once(demo, stride):
+    run = demo_run(demo, "perplexity")
+    ids = run.tokens("demo", 0, 1).flatten()[: 64 + 5 * stride]
+    by_hand = nll_by_hand(run, ids, 64, stride)
+    slid = sliding_of(run, window=64, stride=stride, limit=6)
+    assert slid.n == len(by_hand) == 63 + 5 * stride
+    assert slid.detail["mean_nll"] == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-5)
+
+
+def test_a_shorter_stride_gives_more_context(demo):
+    run = demo_run(demo, "perplexity")
+    values = [sliding_of(run, window=64, stride=s, limit=0).value for s in (16, 64)]
+    assert values[0] < values[1]
+
+
+def test_sliding_refuses_what_it_cannot_do(demo):
+    run = demo_run(demo, "perplexity")
+    with pytest.raises(ValueError, match="would skip tokens"):
+        sliding_of(run, window=64, stride=65)
+    metric = METRICS.build({"kind": "sliding_perplexity", "dataset": "c4", "window": 64})
+    with pytest.raises(ValueError, match="one continuous text"):
+        metric.windows(run)
 
 
 # -- tasks ---------------------------------------------------------------------------------------
