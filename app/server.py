@@ -85,13 +85,25 @@ def head() -> str:
         for page in pages.find()
         if page.in_bar
     ]
+    styles, scripts = ([own(name) for name in named("css")], [own(name) for name in named("js")])
     parts = [
-        tag("link", rel="stylesheet", href=f"/files/app.css?{stamp('app.css')}"),
+        *(tag("link", rel="stylesheet", href=url) for url in styles),
         tag("script", Markup("window.qa = {{pages: {}}};").format(Markup(json.dumps(listed)))),
-        tag("script", src=f"/files/app.js?{stamp('app.js')}"),
-        tag("script", src=f"/files/{PLOTLY.name}?{stamp(PLOTLY.name)}", defer=True),
+        *(tag("script", src=url) for url in scripts),
+        tag("script", src=own(PLOTLY.name), defer=True),
     ]
     return str(Markup("").join(parts))
+
+
+def named(kind: str) -> list[str]:
+    """Our files of one kind: app.* first, then those of single pages (arena.js)."""
+    names = sorted(path.name for path in STATIC.glob(f"*.{kind}"))
+    return sorted(names, key=lambda name: not name.startswith("app."))
+
+
+def own(name: str) -> str:
+    """Address of a static file, which changes when the file does."""
+    return f"/files/{name}?{stamp(name)}"
 
 
 def stamp(name: str) -> str:

@@ -83,7 +83,7 @@
     if (order.go) location.assign(order.go);
     if (order.params) moved();
   }
-  qa.moved = moved;
+  Object.assign(qa, { moved, act, params, setParams, toast });
   addEventListener('popstate', () => { applyTheme(); charts.forEach((draw) => draw()); moved(); });
 
   /* ---- patching HTML in place ---------------------------------------------------------------- */
@@ -365,10 +365,13 @@
   }
 
   /* ---- keys ----------------------------------------------------------------------------------- */
+  /* A page's own keys: qa.keys.push({ page: '/arena', key: '1', words: 'A is better', run }). */
+  qa.keys = [];
+  const pageKeys = () => qa.keys.filter((k) => k.page === (location.pathname.replace(/\/$/, '') || '/'));
   function help() {
     let box = document.getElementById('qa-help');
     if (!box) {
-      const rows = [...(qa.pages || []).filter((p) => p.key).map((p) => [`g ${p.key}`, p.title]),
+      const rows = [...pageKeys().map((k) => [k.shown || k.key, k.words]), ...(qa.pages || []).filter((p) => p.key).map((p) => [`g ${p.key}`, p.title]),
         ['/', 'Search'], ['t', 'Theme'], ['Esc', 'Clear the selection'], ['?', 'This list'],
         ['Click', 'Select a point or row'], ['Shift-click', 'Add to the selection'], ['Double-click', 'Reset the zoom']];
       box = el('dialog', { id: 'qa-help', 'aria-labelledby': 'qa-help-title' }, el('h2', { id: 'qa-help-title' }, 'Keys'),
@@ -386,6 +389,8 @@
       return;
     }
     const after = Date.now() - prefix < 1200; prefix = 0;
+    const own = !after && !document.querySelector('dialog[open]') && pageKeys().find((k) => k.key === event.key);
+    if (own) { event.preventDefault(); own.run(event); return; }
     const page = after && (qa.pages || []).find((p) => p.key === event.key);
     if (page) { const a = document.querySelector(`nav a[data-page="${page.path}"]`); if (a) a.click(); }
     else if (event.key === 'g') prefix = Date.now();
