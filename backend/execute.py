@@ -49,6 +49,8 @@ def execute(
     # GPTQ on one thread and on two differs in the fourth digit: sums are taken in another order.
     emit("env", env={**environment(), "threads": torch.get_num_threads()})
     work = Stage(spec, stage, folder, device, home, emit, should_stop)
+    if loading.is_rounded(spec.model, find_model(spec.model)):
+        work.note(None, "", "the checkpoint has 32-bit weights; they are rounded to bfloat16 first")
     if stage == "quantize":
         work.quantize()
     else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from backend.model.identity import ModelError, find_model
+from backend.model.identity import ModelError, ModelFacts, find_model
 from backend.spec import ModelRef, Storage
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def load(
         )
     tokenizer = load_tokenizer(facts.folder)
     model = load_weights(facts.folder, dtype)
+    if is_rounded(ref, facts):
+        round_to_16_bits(model)
     check_finite(model, dtype)
     check_vocabulary(model, tokenizer, facts.folder)
     if ref.id == "demo-outliers":
@@ -49,6 +51,21 @@ def load(
 
         plant_outliers(model)
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def is_rounded(ref: ModelRef, facts: ModelFacts) -> bool:
+    """True for a checkpoint of 32-bit weights, unless float32 was asked for.
+
+    Everything is compared with the model in 16 bits, and its size is given in them.
+    """
+    return ref.dtype == "auto" and facts.weight_bytes == 4 * facts.parameters
+
+
+def round_to_16_bits(model: nn.Module) -> None:
+    """Every parameter to its nearest bfloat16, whatever dtype holds it."""
+    with torch.no_grad():
+        for value in model.parameters():
+            value.copy_(value.bfloat16())
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -149,7 +149,8 @@ def test_fewer_bits_do_more_damage(make):
 
 
 def test_steps_without_calibration_measure_layers_within_the_context(make_folder, home):
-    spec = RunSpec(model={"id": str(make_folder("opt"))}, steps=parse("rtn"))
+    folder = make_folder("opt", dtype="bfloat16")
+    spec = RunSpec(model={"id": str(folder)}, steps=parse("rtn"))
     run = Folder(home, "opt", resolve(spec)).do()
     names = {e["name"] for e in run.of("measurement")}
     assert {"weight_sqnr", "output_sqnr"} <= names

@@ -224,6 +224,26 @@ def test_demo_outliers_are_another_model():
     assert plain.content != planted.content
 
 
+def test_a_32_bit_checkpoint_is_rounded_to_16_bits(make_folder):
+    folder = make_folder("llama")
+    stored = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert stored[name].dtype == torch.float32
+    rounded, _ = load(ref(folder))
+    assert torch.equal(rounded.get_parameter(name), stored[name].bfloat16().float())
+    assert not torch.equal(rounded.get_parameter(name), stored[name])
+    asked, _ = load(ModelRef(id=str(folder), dtype="float32"))
+    assert torch.equal(asked.get_parameter(name), stored[name])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_16_bit_checkpoint_is_taken_as_it_is(make_folder, dtype):
+    folder = make_folder("llama", dtype=dtype)
+    model, _ = load(ref(folder))
+    for name, value in load_file(folder / "model.safetensors").items():
+        assert torch.equal(model.get_parameter(name), value.float())
+
+
 @pytest.mark.parametrize(
     ("device", "storage", "stored", "asked", "expected"),
     [
