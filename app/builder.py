@@ -284,7 +284,7 @@ def field_input(
             options.append(tag("option", f"try each: {both}", value=both))
         return tag("select", options, **common)
     mode = {"whole": "numeric", "number": "decimal"}.get(widget.kind)
-    hint = "several, separated by commas, are tried one by one" if sweep else None
+    hint = "several (2, 3, 4 or 2..4) are tried one by one" if sweep else None
     return tag(
         "input",
         type="text",

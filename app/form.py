@@ -11,6 +11,7 @@ import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from itertools import product
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -244,9 +245,34 @@ MOST = 400  # runs of one line; more is a slip of the finger
 Alternatives = dict[str, list[str]]  # path -> the values to try, in order
 
 
+RANGE = re.compile(
+    r"""(?P<quoted>"[^"]*"|'[^']*')|(?<![\w.])(\d+(?:\.\d+)?)\.\.(\d+(?:\.\d+)?)(?:\.\.(\d+(?:\.\d+)?))?(?![\w.])"""
+)
+
+
 def expand(line: str) -> list[str]:
-    """`rtn(bits=2|3,group=32|64)` -> the four pipelines; the last value changes fastest."""
-    return list(_expand(line, [MOST]))
+    """`rtn(bits=2|3,group=32|64)` -> the four pipelines; the last value changes fastest.
+
+    `2..4` stands for 2|3|4, and `0.4..0.6..0.1` for 0.4|0.5|0.6.
+    """
+    return list(_expand(spelled_out(line, "|"), [MOST]))
+
+
+def spelled_out(text: str, between: str) -> str:
+    """The text with every range outside quotes as its values. ValueError if a range is empty."""
+    return RANGE.sub(
+        lambda found: found["quoted"] or between.join(_values(*found.groups()[1:])), text
+    )
+
+
+def _values(first: str, last: str, step: str | None) -> list[str]:
+    """`4`, `8`, `2` -> 4, 6, 8. Decimal: 0.1 thrice is 0.3 here."""
+    start, end, by = Decimal(first), Decimal(last), Decimal(step or 1)
+    if end < start or not by:
+        raise ValueError(f"the range {first}..{last} is empty; write it as {last}..{first}")
+    if (end - start) / by >= MOST:
+        raise ValueError(f"the range {first}..{last} has more than {MOST} values")
+    return [str(start + by * i) for i in range(int((end - start) / by) + 1)]
 
 
 def _expand(line: str, left: list[int]) -> Iterator[str]:
@@ -382,11 +408,15 @@ def _bare(text: str) -> str:
 
 
 def with_value(step: StepDraft, path: str, text: str) -> StepDraft:
-    """The step with one field set; `2, 3, 4` in a plain field is a sweep. ValueError if unfit."""
+    """The step with one field set; `2, 3, 4` or `2..4` in a plain field is a sweep.
+
+    ValueError if a value does not fit.
+    """
     widget = next((w for w in step.widgets() if w.path == path), None)
     if widget is None:
         raise ValueError(f"{step.kind} has no field {path!r}")
-    parts = [text] if widget.kind in ("list", "text") else text.split(",")
+    one = widget.kind in ("list", "text")
+    parts = [text] if one else spelled_out(text, ",").split(",")
     texts = [part.strip() for part in parts if part.strip()] or [""]
     for part in texts:
         value_of(widget, part)

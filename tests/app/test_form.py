@@ -123,6 +123,38 @@ def test_a_sweep_is_the_product_of_its_values():
     assert lines == wanted
 
 
+@pytest.mark.parametrize(
+    ("line", "same"),
+    [
+        ("rtn(bits=2..4)", "rtn(bits=2|3|4)"),
+        ("rtn(bits=8..8)", "rtn(bits=8)"),
+        ("gptq(bits=2..3,group=32..128..32)", "gptq(bits=2|3,group=32|64|96|128)"),
+        ("smoothquant(alpha=0.3..0.6..0.1)+rtn", "smoothquant(alpha=0.3|0.4|0.5|0.6)+rtn"),
+        ("rtn(bits=2|4..5)", "rtn(bits=2|4|5)"),
+    ],
+)
+def test_a_range_stands_for_its_values(line, same):
+    assert form.expand(line) == form.expand(same)
+
+
+def test_a_range_in_quotes_is_text():
+    assert form.spelled_out('x(a="1..3",b=1..3)', "|") == 'x(a="1..3",b=1|2|3)'
+
+
+def test_ranges_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="is empty"):
+        form.expand("rtn(bits=8..2)")
+    with pytest.raises(ValueError, match="more than"):
+        form.expand("rtn(bits=1..100000)")
+    with pytest.raises(ValueError, match="is empty"):
+        form.expand("rtn(bits=2..3..0)")
+
+
+def test_a_range_in_a_field_is_a_sweep():
+    step = form.read_line("rtn")[0]
+    assert form.write_line([form.with_value(step, "format.bits", "2..3, 8")]) == "rtn(bits=2|3|8)"
+
+
 def test_a_sweep_reaches_into_brackets():
     assert form.expand("gptq(format=int(bits=3|4),block=64)") == [
         "gptq(format=int(bits=3),block=64)",
