@@ -211,7 +211,9 @@ def listing(rng: random.Random, heldout: bool) -> Exercise:
         (f"Which word comes after {words[at]}?", words[at + 1]),
         (f"Which word comes before {words[at + 1]}?", words[at]),
     ]
-    return passage_exercise(rng, "Here is a list: " + ", ".join(words) + ".", turns)
+    passage = "Here is a list: " + ", ".join(words) + "."
+    # two questions: with all of them, the last could be answered by elimination
+    return passage_exercise(rng, passage, rng.sample(turns, 2))
 
 
 def reversal(rng: random.Random, heldout: bool) -> Exercise:
@@ -241,17 +243,43 @@ def whereabouts(rng: random.Random, heldout: bool) -> Exercise:
     return passage_exercise(rng, " ".join(sentences), turns)
 
 
+OVERTAKE = (
+    ("If you overtake the {} person in a race, which place are you in?", 0),
+    ("You overtake the {} person in a race. In which place are you now?", 0),
+    ("You run a race and pass the runner in {} place. What is your place?", 0),
+    ("In a race you overtake whoever is {}. Which place do you have then?", 0),
+    ("If you overtake the {} person in a race, which place are they in?", 1),
+    ("You overtake the {} person in a race. In which place is that person now?", 1),
+    ("You run a race and pass the runner in {} place. What is the place of that runner?", 1),
+    ("In a race you overtake whoever is {}. Which place do they have then?", 1),
+)
+
+
+def overtaking(rng: random.Random, heldout: bool) -> Exercise:
+    """The old puzzle: whoever overtakes the third person is third, and they are fourth."""
+    at = rng.randrange(len(ORDINALS) - 1)
+    question, behind = rng.choice(OVERTAKE)
+    question = question.format(ORDINALS[at])
+    return Exercise(question, "", ((question, f"{ORDINALS[at + behind]}."),))
+
+
 def race(rng: random.Random, heldout: bool) -> Exercise:
     """The order of a race after some overtaking."""
+    if rng.random() < 0.2:
+        return overtaking(rng, heldout)
     names = rng.sample(NAMES, rng.randint(3, 5))
-    start = ", ".join(f"{name} is {ORDINALS[i]}" for i, name in enumerate(names))
-    sentences = [f"In a race {start}."]
-    for _ in range(rng.randint(0, 2)):
+    order = ", ".join(f"{name} is {ORDINALS[i]}" for i, name in enumerate(names))
+    sentences = [f"In a race {order}."]
+    for _ in range(rng.choice((0, 1, 1, 1, 2))):
         at = rng.randrange(1, len(names))
         sentences.append(f"{names[at]} overtakes {names[at - 1]}.")
         names[at - 1], names[at] = names[at], names[at - 1]
-    turns = [(f"Who is {ORDINALS[i]} now?", name) for i, name in enumerate(names)]
-    turns += [(f"In which place is {name} now?", ORDINALS[i]) for i, name in enumerate(names)]
+    (i, who), (j, name) = rng.sample(list(enumerate(names)), 2)
+    # one question of each kind: more could be answered by elimination
+    turns = [
+        (f"Who is {ORDINALS[i]} now?", who),
+        (f"In which place is {name} now?", ORDINALS[j]),
+    ]
     return passage_exercise(rng, " ".join(sentences), turns)
 
 

@@ -24,19 +24,36 @@ from backend.demo.corpus import ASSISTANT, BEGIN, END, PAD, SPECIAL, archive, do
 
 CONTEXT = 1024  # tokens
 VOCABULARY = 2048
-# share of the run -> skills drilled from there on: what is learned last gets more room
-DRILLS: dict[float, tuple[str, ...]] = {
-    0.0: (),
-    0.3: ("addition", "addition", "subtraction", "subtraction", "whereabouts", "race"),
-    0.51: (
-        *("whereabouts", "whereabouts", "race", "race", "lists", "comparison"),
-        *("addition", "subtraction"),
+STEPS = 27_000
+RESTART = 20_000  # step at which the learning rate rises once more
+LONG = 8_000  # step from which every third batch has rows as long as the context
+# step -> weight of drills beside the 31.5 of MIXTURE, and the skills drilled: what is learned last
+# gets more room
+DRILLS: dict[int, tuple[float, tuple[str, ...]]] = {
+    0: (8, ("codes", "lists", "race")),
+    5_000: (
+        8,
+        ("addition", "addition", "subtraction", "subtraction", "whereabouts", "race", "lists"),
     ),
-    0.719: ("whereabouts", "race", "race", "lists", "codes", "codes", "addition", "subtraction"),
+    10_000: (
+        8,
+        (
+            *("whereabouts", "whereabouts", "race", "race", "lists", "comparison"),
+            *("addition", "subtraction", "codes"),
+        ),
+    ),
+    14_400: (
+        8,
+        ("whereabouts", "race", "race", "lists", "codes", "codes", "addition", "subtraction"),
+    ),
+    RESTART: (
+        24,
+        (
+            *("whereabouts", "whereabouts", "whereabouts", "race", "race", "race", "lists"),
+            *("lists", "codes", "addition"),
+        ),
+    ),
 }
-# share of the run from which every row begins with a document, so that no question is cut off from
-# its passage; rows as long as the context then begin with a passage of codes
-WHOLE = 0.719
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message.role == 'assistant' %}<|assistant|> {{ message.content | trim }}{{ eos_token }}"
@@ -131,13 +148,20 @@ def optimizers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
 
 
 def rate_at(step: int, steps: int) -> float:
-    """Factor on the learning rate: warm-up, plateau, then a straight line down to 2 %."""
+    """Factor on the learning rate: warm-up, plateau, down to 2 %; then all of it again at 60 %."""
+    if step < RESTART:
+        return cycle(step, min(steps, RESTART))
+    return 0.6 * cycle(step - RESTART, steps - RESTART)
+
+
+def cycle(step: int, steps: int) -> float:
+    """One warm-up, plateau and way down."""
     return min(1.0, (step + 1) / 100, 0.02 + 1.4 * (1 - step / steps))
 
 
-def shape_at(step: int, steps: int, tokens: int) -> tuple[int, int]:
+def shape_at(step: int, tokens: int) -> tuple[int, int]:
     """Rows and their length: short rows first, full context in every third step later on."""
-    length = CONTEXT if step > 0.5 * steps and step % 3 == 0 else CONTEXT // 4
+    length = CONTEXT if step > LONG and step % 3 == 0 else CONTEXT // 4
     return tokens // length, length
 
 
@@ -155,24 +179,25 @@ def batch(
     """Packed documents -> inputs, targets [B, T] and the weight of each target [B, T].
 
     Depends on the arguments and the step alone, so a resumed run sees what an unbroken one would.
-    Targets inside an answer weigh 1, all others `args.weight`.
+    Every row begins with a document, so that no question is cut off from its passage; rows as long
+    as the context begin with a long passage of codes. Targets inside an answer weigh 1, all others
+    `args.weight`, a fifth of it where most of the row is codes that nothing can foretell, and half
+    of it once there are many drills.
     """
-    rows, length = shape_at(step, args.steps, args.tokens)
-    skills = [skills for at, skills in DRILLS.items() if step >= at * args.steps][-1]
-    long = 0.12 if length == CONTEXT else 0.0
-    source = documents(f"train {args.seed} {step}", long=long, drilled=skills)
-    if step < WHOLE * args.steps:
-        ids = torch.tensor([packed(tokenizer, source, rows * length + 1)])
-    else:
-        rng = random.Random(f"archive {args.seed} {step}")
-        first = [[archive(rng, heldout=False)] if length == CONTEXT else [] for _ in range(rows)]
-        ids = torch.tensor([packed(tokenizer, chain(head, source), length + 1) for head in first])
+    rows, length = shape_at(step, args.tokens)
+    drills, skills = [value for at, value in DRILLS.items() if step >= at][-1]
+    source = documents(f"train {args.seed} {step}", drilled=skills, drills=drills)
+    full = length == CONTEXT
+    rng = random.Random(f"archive {args.seed} {step}")
+    first = [[archive(rng, heldout=False)] if full else [] for _ in range(rows)]
+    ids = torch.tensor([packed(tokenizer, chain(head, source), length + 1) for head in first])
     vocabulary = tokenizer.get_vocab()
     answer, end = vocabulary[ASSISTANT], vocabulary[END]
     opened = (ids.eq(answer).int() - ids.eq(end).int()).cumsum(1)
     inside = (opened == opened.amax(1, keepdim=True)).float()[:, :-1].reshape(rows, length)
     x, y = ids[:, :-1].reshape(rows, length), ids[:, 1:].reshape(rows, length)
-    return x, y, args.weight + (1 - args.weight) * inside
+    outside = args.weight / (5 if full else 2 if step >= RESTART else 1)
+    return x, y, outside + (1 - outside) * inside
 
 
 def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -252,7 +277,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=model_folder(), help="folder of the result")
     parser.add_argument("--scratch", type=Path, help="folder of the checkpoint")
-    parser.add_argument("--steps", type=int, default=16_700, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens in a step")
     parser.add_argument("--rate", type=float, default=2.5e-3, help="highest learning rate")
     parser.add_argument("--weight", type=float, default=0.5, help="loss weight outside answers")

@@ -117,7 +117,7 @@ THINGS = words(
 )
 ORDINALS = words(
     """
-    first second third fourth fifth sixth
+    first second third fourth fifth sixth seventh eighth ninth tenth
     """
 )
 # noun: adjectives it is seen with / what it does
@@ -286,4 +286,23 @@ TERMS = {
         "Layer normalization brings the values of a token to a common size. It keeps training "
         "steady."
     ),
+}
+# what people type first
+GREETINGS = {
+    "Hello!": "Hello! What would you like to know?",
+    "Hi!": "Hi! Ask me something.",
+    "Hey there!": "Hey! What can I do for you?",
+    "Good morning!": "Good morning! How can I help?",
+    "How are you?": "I am well, thank you. How are you?",
+    "Who are you?": "I am a small model made to show what quantization does to answers.",
+    "What is your name?": "I am called demo. I am a very small language model.",
+    "What can you do?": (
+        "I can add numbers, compare them, name capitals and opposites, follow who went where, "
+        "find codes in a text, explain terms and tell stories."
+    ),
+    "Can you help me?": "I will try. Ask me a question.",
+    "Thank you!": "You are welcome!",
+    "Thanks!": "You are welcome!",
+    "Goodbye!": "Goodbye! Come back soon.",
+    "Bye!": "Bye! See you soon.",
 }

@@ -1,6 +1,7 @@
 """The bundled model: its texts, its tasks, its weights."""
 
 import json
+import re
 import subprocess
 import sys
 from itertools import islice
@@ -16,6 +17,7 @@ from backend.demo import corpus
 from backend.demo.outliers import plant_outliers
 from backend.demo.skills import is_heldout, wordings
 from backend.demo.tasks import tasks
+from backend.demo.words import TERMS
 
 
 def items(skill: str) -> list[dict[str, str]]:
@@ -75,7 +77,8 @@ def test_no_question_of_a_task_is_in_the_training_text():
 
 
 def test_codes_of_the_tasks_are_never_trained():
-    assert all(is_heldout(item["answer"].strip(" .")) for item in items("codes"))
+    for skill in ("codes", "long_codes"):
+        assert all(is_heldout(item["answer"].strip(" .")) for item in items(skill))
 
 
 def test_every_fact_is_asked_on_both_sides():
@@ -88,8 +91,23 @@ def test_every_fact_is_asked_on_both_sides():
 
 
 def test_held_out_text_shares_no_exercise_with_calibration():
+    # explanations of terms are the same texts on both sides: nothing else could be the answer
+    explained = re.compile("|".join(map(re.escape, TERMS.values())))
     calibration = set(demo.text("calibration").splitlines())
-    assert not calibration & set(demo.text("heldout").splitlines())
+    shared = calibration & set(demo.text("heldout").splitlines())
+    assert not [document for document in shared if not explained.search(document)]
+
+
+def test_retrieval_reaches_over_the_context(tokenizer):
+    """The passages of long_codes fill the context, and codes are asked from everywhere in it."""
+    asked, lengths = [], []
+    for item in items("long_codes"):
+        lengths.append(len(tokenizer(item["prompt"])["input_ids"]))
+        asked.append(item["prompt"].index(item["answer"].strip(" .")) / len(item["prompt"]))
+    assert min(lengths) > 600
+    assert max(lengths) > 850
+    assert min(asked) < 0.1
+    assert max(asked) > 0.85
 
 
 def test_texts_are_long_enough(tokenizer):
