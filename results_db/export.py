@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from pyarrow import csv, parquet
+from pyarrow import compute, csv, parquet
 
 from results_db.store import Store
 
-JSON_COLUMNS = frozenset({"spec", "env", "error", "detail"})
+JSON_COLUMNS = frozenset(
+    {"spec", "env", "error", "detail", "conversation_a", "conversation_b", "settings"}
+)
+
+# Texts that a spreadsheet takes for a formula, and those that only a guard in front keeps from it.
+FORMULA = r"^'*[=+\-@\t\r＝＋－＠]"
 
 
 def export(store: Store, folder: Path, format: str) -> list[Path]:
@@ -35,8 +40,15 @@ def export(store: Store, folder: Path, format: str) -> list[Path]:
 
 
 def _write_csv(table: pa.Table, file: Path) -> None:
-    """Missing is an empty field, a measured NaN is the word nan."""
-    csv.write_csv(table, file)
+    """Missing is an empty field, a measured NaN is the word nan, no text is a formula."""
+    columns = [_guarded(c) if pa.types.is_string(c.type) else c for c in table.columns]
+    csv.write_csv(pa.table(columns, names=table.column_names), file)
+
+
+def _guarded(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The same texts with an apostrophe before formulas: prompts are written by strangers."""
+    prefixed = compute.binary_join_element_wise("'", column, "")
+    return compute.if_else(compute.match_substring_regex(column, FORMULA), prefixed, column)
 
 
 def _write_json(table: pa.Table, file: Path) -> None:

@@ -15,7 +15,10 @@ from results_db.events import KEYS, Row, fold, from_spec, new_run
 
 __all__ = ["Store", "StoreError"]
 
-RUN_TABLES = ("items", "layers", "measurements", "notes", "runs")
+RUN_TABLES = (
+    *("items", "layers", "measurements", "notes", "runs"),
+    *("judged_answers", "mined", "verdicts"),
+)
 VECTOR = 2048  # rows in one of DuckDB's result vectors
 
 Cursor = duckdb.DuckDBPyConnection
@@ -55,11 +58,11 @@ class Store:
         Events are a run's file in order, so a batch that ends before what was already copied
         holds nothing new, and one that overlaps it says the same again.
         """
-        self._write(lambda cursor: _ingest(cursor, run_id, spec, events, offset))
+        self.write(lambda cursor: _ingest(cursor, run_id, spec, events, offset))
 
     def delete(self, run_id: str) -> None:
         """Forget a run: all its rows, and how far its events were read."""
-        self._write(lambda cursor: _delete(cursor, run_id))
+        self.write(lambda cursor: _delete(cursor, run_id))
 
     def frame(self, sql: str, **params: Any) -> pd.DataFrame:
         """Rows of our own query; `$name` in it stands for the argument `name`."""
@@ -90,13 +93,7 @@ class Store:
             names = [name for (name,) in cursor.execute("SHOW TABLES").fetchall()]
             return {n: cursor.sql(f"FROM {n} ORDER BY ALL").to_arrow_table() for n in names}
 
-    @contextmanager
-    def _read(self) -> Iterator[Cursor]:
-        with closing(self._connection.cursor()) as cursor:
-            cursor.execute("BEGIN TRANSACTION READ ONLY")
-            yield cursor
-
-    def _write(self, change: Callable[[Cursor], bool]) -> None:
+    def write(self, change: Callable[[Cursor], bool]) -> None:
         """Make one change, whole or not at all; it says whether a reader could see it."""
         with self._writing, closing(self._connection.cursor()) as cursor:
             cursor.execute("BEGIN")
@@ -104,6 +101,12 @@ class Store:
             cursor.execute("COMMIT")
             # After the commit: who sees the new version must find the new rows.
             self._version += visible
+
+    @contextmanager
+    def _read(self) -> Iterator[Cursor]:
+        with closing(self._connection.cursor()) as cursor:
+            cursor.execute("BEGIN TRANSACTION READ ONLY")
+            yield cursor
 
 
 def _ingest(
@@ -125,7 +128,7 @@ def _ingest(
 def _delete(cursor: Cursor, run_id: str) -> bool:
     known = _run(cursor, run_id) is not None
     for table in RUN_TABLES:
-        cursor.execute(f"DELETE FROM {table} WHERE run_id = ?", [run_id])
+        cursor.execute(f"DELETE FROM {table} WHERE {_owner(table)} = ?", [run_id])
     return known
 
 
@@ -146,7 +149,7 @@ def _run(cursor: Cursor, run_id: str) -> Row | None:
 def _save_run(cursor: Cursor, old: Row | None, new: Row) -> bool:
     """Write the run's row where it differs -> whether more than the byte offset did."""
     if old is None:
-        _insert(cursor, "runs", [new])
+        insert(cursor, "runs", [new])
         return True
     moved = [name for name, value in new.items() if value != old[name]]
     if moved:
@@ -175,7 +178,7 @@ def _absent(cursor: Cursor, table: str, run_id: str, given: pa.Table) -> pa.Tabl
     """Rows of `given` that the table does not hold in every column, in their order."""
     cursor.register("fresh", given)
     whole = _same(table, given.column_names)
-    held = f"SELECT 1 FROM {table} WHERE {table}.run_id = $run_id AND {whole}"
+    held = f"SELECT 1 FROM {table} WHERE {table}.{_owner(table)} = $run_id AND {whole}"
     sql = f"SELECT * FROM fresh WHERE NOT EXISTS ({held})"
     absent = cursor.sql(sql, params={"run_id": run_id}).to_arrow_table()
     cursor.unregister("fresh")
@@ -188,10 +191,11 @@ def _replace_items(cursor: Cursor, measured: list[tuple[Row, list[float | None]]
         key = {name: row[name] for name in KEYS["measurements"]}
         where = " AND ".join(f"{name} = ${name}" for name in key)
         cursor.execute(f"DELETE FROM items WHERE {where}", key)
-        _insert(cursor, "items", [key | {"item": i, "value": v} for i, v in enumerate(values)])
+        insert(cursor, "items", [key | {"item": i, "value": v} for i, v in enumerate(values)])
 
 
-def _insert(cursor: Cursor, table: str, rows: list[Row]) -> None:
+def insert(cursor: Cursor, table: str, rows: list[Row]) -> None:
+    """Add rows to a table, each column as the table has it."""
     if rows:
         cursor.register("fresh", _arrow(cursor, table, rows))
         cursor.execute(f"INSERT INTO {table} BY NAME SELECT * FROM fresh")
@@ -201,6 +205,11 @@ def _insert(cursor: Cursor, table: str, rows: list[Row]) -> None:
 def _arrow(cursor: Cursor, table: str, rows: list[Row]) -> pa.Table:
     """Arrow, because pandas cannot tell a missing number from NaN. Typed as the table is."""
     return pa.Table.from_pylist(rows, cursor.sql(f"FROM {table} LIMIT 0").to_arrow_table().schema)
+
+
+def _owner(table: str) -> str:
+    """Column with the id of the job whose events a row comes from."""
+    return KEYS.get(table, ("run_id",))[0]
 
 
 def _key(row: Row) -> tuple:

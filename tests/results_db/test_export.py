@@ -8,6 +8,7 @@ from pyarrow import parquet
 from results_db.export import WRITERS, export
 
 TABLES = {"runs", "measurements", "items", "layers", "notes", "schema_version"}
+TABLES |= {"votes", "retractions", "mined", "judged_answers", "verdicts"}
 
 
 @pytest.mark.parametrize("format", sorted(WRITERS))
