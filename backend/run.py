@@ -85,9 +85,13 @@ class Run:
     # -- the model -------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def logits(self, ids: Tensor) -> Tensor:
-        """ids [B, T] -> [B, T, V] in the compute dtype, no cache between calls."""
-        return self.model(input_ids=ids.to(self.device), use_cache=False).logits
+    def logits(self, ids: Tensor, *, keep: int = 0) -> Tensor:
+        """ids [B, T] -> [B, T, V] in the compute dtype, no cache between calls.
+
+        `keep`: only of the last so many positions, [B, keep, V]; 0 is all.
+        """
+        out = self.model(input_ids=ids.to(self.device), use_cache=False, **self._last(keep))
+        return out.logits[:, -keep:]
 
     def generate(
         self,
@@ -117,6 +121,11 @@ class Run:
                 return
             yield token
             step = torch.tensor([[token]], device=self.device)
+
+    def _last(self, keep: int) -> dict[str, int]:
+        """Tells the model to compute the logits of the last `keep` positions, if it can be told."""
+        known = keep and "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        return {"logits_to_keep": keep} if known else {}
 
     def end_tokens(self) -> set[int]:
         """Ids that end an answer: the tokenizer's and the generation config's."""

@@ -1,11 +1,12 @@
-"""RunSpec: everything that decides a number."""
+"""Specs: everything that decides a number, one class for each kind of job."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from backend.dialogue import HOTTEST, LARGEST_SEED, LONGEST_ANSWER, Sampling
 from backend.methods import LinearMethod, MethodField
 from backend.metrics import MetricField
 from backend.registry import short_hash, tuples, versions
@@ -39,21 +40,43 @@ class Calibration(Frozen):
     content: str = ""
 
 
-class RunSpec(Frozen):
-    """One run: quantize a model by `steps`, then measure it. No steps is the 16-bit baseline."""
+class JobSpec(Frozen):
+    """What every kind of job says of itself."""
 
-    kind: Literal["run"] = "run"
+    kind: str
     model: ModelRef
-    steps: tuple[MethodField, ...] = ()
-    metrics: tuple[MetricField, ...] = ()
-    calibration: Calibration = Calibration()
-    storage: Storage = "simulated"
-    seed: int = Field(0, ge=0)
 
     @model_validator(mode="before")
     @classmethod
     def _lists_are_tuples(cls, data: Any) -> Any:
         return {k: tuples(v) for k, v in data.items()} if isinstance(data, dict) else data
+
+    def artifact_id(self) -> str:
+        """What the job makes: 12 hex over all that decides it, versions of the code included."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Jobs with one fingerprint give the same rows, so only one of them is done."""
+        raise NotImplementedError
+
+    def stages(self) -> list[str]:
+        """Stages in order, a process each."""
+        raise NotImplementedError
+
+    def targets(self) -> list[str]:
+        """What is quantized: weights, activations, kv_cache."""
+        return []
+
+
+class RunSpec(JobSpec):
+    """One run: quantize a model by `steps`, then measure it. No steps is the 16-bit baseline."""
+
+    kind: Literal["run"] = "run"
+    steps: tuple[MethodField, ...] = ()
+    metrics: tuple[MetricField, ...] = ()
+    calibration: Calibration = Calibration()
+    storage: Storage = "simulated"
+    seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _packed_metrics_need_packed_storage(self) -> Self:
@@ -118,3 +141,40 @@ class RunSpec(Frozen):
     def baseline(self) -> RunSpec:
         """The same measurements of the 16-bit model; what compares with it gives 0."""
         return self.model_copy(update={"steps": (), "storage": "packed"})
+
+
+RunId = Annotated[str, Field(pattern=r"^\d{8}-\d{6}-[0-9a-f]{6}$")]  # becomes part of a path
+
+
+class MineSpec(JobSpec):
+    """Answers of a model's variants to a pool of prompts, each compared with the 16-bit answer."""
+
+    kind: Literal["mine"] = "mine"
+    runs: tuple[RunId, ...] = Field((), description="Finished runs of the model; none: all.")
+    prompts: tuple[str, ...] = Field((), description="Ids in the pool; none: the whole pool.")
+    temperature: float = Field(0.0, ge=0, le=HOTTEST, description="Of sampling; 0 is greedy.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Share of the probability sampled from.")
+    max_new: int = Field(256, ge=1, le=LONGEST_ANSWER, description="Most tokens of an answer.")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
+    pool: str = ""  # hash of the prompts' texts, filled in when submitted
+    version: ClassVar[int] = 1  # raise when the same settings give other numbers
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        for name, values in (("runs", self.runs), ("prompts", self.prompts)):
+            if twice := sorted({value for value in values if values.count(value) > 1}):
+                raise ValueError(f"{name}: {twice[0]} is named twice; name it once")
+        return self
+
+    def artifact_id(self) -> str:
+        return short_hash([self.model_dump(mode="json"), self.version])
+
+    def fingerprint(self) -> str:
+        return self.artifact_id()
+
+    def stages(self) -> list[str]:
+        return ["mine"]
+
+    def sampling(self) -> Sampling:
+        """How every answer is drawn."""
+        return Sampling(self.temperature, self.top_p, self.max_new, self.seed)

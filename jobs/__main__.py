@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--home", help="home folder; else $QUANTARENA_HOME, else the platform's")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     add = adder(commands)
-    submit = add("submit", do_submit, "queue a run of the spec in a JSON file")
+    submit = add("submit", do_submit, "queue a job of the spec in a JSON file")
     submit.add_argument("spec", type=Path)
     submit.add_argument("--label", default="")
     submit.add_argument("--priority", type=int, default=0)
@@ -71,10 +71,10 @@ def queue(home: Path) -> Queue:
 
 
 def do_submit(given: argparse.Namespace, home: Path) -> int:
-    from backend.spec import RunSpec
+    from jobs import kinds
 
     try:
-        spec = RunSpec.model_validate(json.loads(given.spec.read_text(encoding="utf-8")))
+        spec = kinds.validate(json.loads(given.spec.read_text(encoding="utf-8")))
     except OSError as error:
         raise ValueError(f"{given.spec} cannot be read: {error.strerror}") from None
     asked = {"label": given.label, "priority": given.priority, "after": given.after}

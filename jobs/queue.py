@@ -6,7 +6,6 @@ import fcntl
 import json
 import logging
 import os
-import shutil
 import statistics
 import threading
 import time
@@ -17,13 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs import devices, folders
+from jobs import devices, folders, kinds
 from jobs.events import EVENTS, State, append, read
 from jobs.folders import Draft
 from jobs.view import Folded, RunView, fold, overall, remaining
 
 if TYPE_CHECKING:
-    from backend.spec import RunSpec
+    from backend.spec import JobSpec
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +33,10 @@ class Record:
 
     folder: Path
     job: dict[str, Any]
-    spec: RunSpec | dict[str, Any]
+    spec: JobSpec | dict[str, Any]
     events: str  # path of the file; a Path costs more to make than the look itself
     kin: Mapping[str, str]  # stage -> key; stages with one key take about the same time
+    alone: tuple[str, ...] = ()  # stages beside which nothing else may run on the CPU
     folded: Folded = field(default_factory=Folded)
     offset: int = 0
 
@@ -44,6 +44,11 @@ class Record:
     def run_id(self) -> str:
         """The folder's name."""
         return self.folder.name
+
+    @property
+    def kind(self) -> str:
+        """What kind of job it is."""
+        return kinds.name_in(self.spec) if isinstance(self.spec, dict) else self.spec.kind
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -64,19 +69,19 @@ class Record:
 
 
 class Queue:
-    """Runs of one home. Safe from any thread; any number of processes may submit."""
+    """Jobs of one home, of every kind. Safe from any thread; any number of processes may submit."""
 
     def __init__(
         self,
         home: Path,
         *,
         slots: devices.Slots | None = None,
-        resolve: Callable[[RunSpec], RunSpec] | None = None,
-        preflight: Callable[[RunSpec, str, Path], None] | None = None,
+        resolve: Callable[[Any], JobSpec] | None = None,
+        preflight: Callable[[Any, str, Path], None] | None = None,
     ) -> None:
         self.home = home
         self.slots = slots or devices.here()
-        self._resolve = resolve or resolved
+        self._resolve = resolve or self._resolved
         self._preflight = preflight or fits
         self._records: dict[str, Record] = {}
         self._broken: set[str] = set()
@@ -122,7 +127,7 @@ class Queue:
 
     def submit(
         self,
-        spec: RunSpec,
+        spec: JobSpec,
         *,
         label: str = "",
         recipe: str = "",
@@ -130,10 +135,11 @@ class Queue:
         after: str | None = None,
         device: str = "auto",
     ) -> str:
-        """Queue a run -> its id; a run with the same fingerprint on the same device is that run.
+        """Queue a job -> its id; a job with the same fingerprint on the same device is that job.
 
-        A failed or cancelled one is retried. The 16-bit baseline of the model comes along where
-        its numbers are missing. ValueError in one sentence, and nothing queued, if it cannot be.
+        A failed or cancelled one is retried. What a job needs of others comes along where it is
+        missing: the 16-bit baseline of a run's model. ValueError in one sentence, and nothing
+        queued, if it cannot be.
         """
         device = devices.settle(device, self.slots)
         if after is not None:
@@ -144,7 +150,7 @@ class Queue:
             if twin is not None:
                 return self._again(twin)
             asked = {"label": label, "recipe": recipe, "priority": priority, "after": after}
-            drafts, waits = self._baselines(spec, device, priority)
+            drafts, waits = self._before(spec, device, priority)
             drafts.append(self._draft(spec, device, waits, asked))
             with folders.writing(self.home, "nothing was submitted"):
                 folders.create(self.home, drafts)
@@ -233,9 +239,11 @@ class Queue:
             label=job["label"],
             recipe=job["recipe"],
             spec=record.spec,
+            kind=record.kind,
             state=State.CANCELLED if waiting else run.state,
             stage=run.stage,
             stages=record.stages,
+            alone=record.alone,
             done=run.done,
             fraction=overall(run, record.stages, usual),
             block=run.block,
@@ -259,17 +267,19 @@ class Queue:
 
     # Submitting
 
-    def _draft(
-        self, spec: RunSpec, device: str, waits: list[str], asked: Mapping[str, Any]
-    ) -> Draft:
-        """A new run and its job.json; ValueError if it cannot fit."""
-        from backend.recipes import render
+    def _resolved(self, spec: JobSpec) -> JobSpec:
+        """Fill in what the home, the model's files and the data decide."""
+        return kinds.find(spec.kind).resolve(spec, self)
 
+    def _draft(
+        self, spec: JobSpec, device: str, waits: list[str], asked: Mapping[str, Any]
+    ) -> Draft:
+        """A new job and its job.json; ValueError if it cannot fit."""
         self._preflight(spec, device, self.home)
         after = asked.get("after")
         job = {
             "label": asked.get("label", ""),
-            "recipe": asked.get("recipe") or render(spec.steps),
+            "recipe": asked.get("recipe") or kinds.find(spec.kind).title(spec),
             "priority": asked.get("priority", 0),
             "after": after,
             "waits": [*waits, after] if after else waits,
@@ -292,7 +302,7 @@ class Queue:
         finally:
             os.close(fd)
 
-    def _same(self, spec: RunSpec, device: str) -> RunView | None:
+    def _same(self, spec: JobSpec, device: str) -> RunView | None:
         fingerprint = spec.fingerprint()
         twins = [v for v in self.runs() if (v.fingerprint, v.device) == (fingerprint, device)]
         return twins[-1] if twins else None
@@ -301,79 +311,33 @@ class Queue:
         self.retry(twin.run_id)
         return twin.run_id
 
-    def _baselines(
-        self, spec: RunSpec, device: str, priority: int
-    ) -> tuple[list[Draft], list[str]]:
-        """(baseline run to submit with `spec`, ids of baseline runs that `spec` must wait for)."""
-        if spec.is_baseline:
-            return [], []
-        have = self._measured_of_baseline(spec, device)
-        missing = tuple(m for m in spec.metrics if m.digest() not in have)
-        made = []
-        if missing:
-            lacking = spec.baseline().model_copy(update={"metrics": missing})
-            twin = self._same(lacking, device)  # only a failed or cancelled one is not in `have`
-            if twin is None:
-                made = [self._draft(lacking, device, [], {"priority": priority})]
-            source = self._again(twin) if twin else made[0].run_id
-            have |= {m.digest(): source for m in missing}
-        waits = {have[m.digest()] for m in spec.metrics if m.needs_baseline}
-        return made, sorted(waits)
-
-    def _measured_of_baseline(self, spec: RunSpec, device: str) -> dict[str, str]:
-        """{metric digest: first run} over the model's baseline runs that did not go wrong."""
-        found: dict[str, str] = {}
-        for view in self.runs():
-            if isinstance(view.spec, dict) or view.state in (State.FAILED, State.CANCELLED):
-                continue
-            model = view.spec.model if view.spec.is_baseline and view.device == device else None
-            if model == spec.model:
-                found = {metric.digest(): view.run_id for metric in view.spec.metrics} | found
-        return found
+    def _before(self, spec: JobSpec, device: str, priority: int) -> tuple[list[Draft], list[str]]:
+        """(what to submit with `spec`, ids of the jobs that `spec` must wait for)."""
+        before = kinds.find(spec.kind).before(spec, self.runs(), device)
+        if before.bring is None:
+            return [], sorted(before.waits)
+        twin = self._same(before.bring, device)
+        made = [] if twin else [self._draft(before.bring, device, [], {"priority": priority})]
+        brought = self._again(twin) if twin else made[0].run_id  # one that went wrong goes on
+        return made, sorted(before.waits | ({brought} if before.wait_for_brought else set()))
 
 
 def load(folder: Path) -> Record:
-    """Read a run folder's two JSON files."""
-    from backend.spec import RunSpec
-
+    """Read a job folder's two JSON files."""
     events = str(folder / EVENTS)
     job = json.loads((folder / folders.JOB).read_text(encoding="utf-8"))
     data = json.loads((folder / folders.SPEC).read_text(encoding="utf-8"))
+    if not isinstance(data, dict):
+        raise ValueError(f"{folders.SPEC} holds no JSON object")
     try:
-        spec = RunSpec.model_validate(data)
+        spec = kinds.validate(data)
     except ValueError as error:
         log.warning("the spec of run %s is not understood here: %s", folder.name, error)
         return Record(folder, job, data, events, {})
-    return Record(folder, job, spec, events, kinship(spec, job["device"]))
+    kind = kinds.find(spec.kind)
+    return Record(folder, job, spec, events, kind.kin(spec, job["device"]), kind.alone(spec))
 
 
-def kinship(spec: RunSpec, device: str) -> dict[str, str]:
-    """{stage: key} for all stages in order. Knobs are left out: 3 and 4 bits take the same time."""
-    model, steps = [spec.model.id, spec.model.content], [step.kind for step in spec.steps]
-    return {
-        stage: json.dumps([*model, device, stage, steps, [m.kind for m in spec.metrics_of(stage)]])
-        for stage in spec.stages()
-    }
-
-
-def resolved(spec: RunSpec) -> RunSpec:
-    """Fill in what the model's files and the data decide."""
-    from backend.model.identity import resolve
-
-    return resolve(spec)
-
-
-def fits(spec: RunSpec, device: str, home: Path) -> None:
-    """ValueError with the numbers if the run cannot fit into memory or onto the disk."""
-    from backend.estimate import estimate
-    from backend.model.identity import find_model
-
-    needed = estimate(spec, find_model(spec.model), device)
-    if needed.why_not:
-        raise ValueError(needed.why_not)
-    free = shutil.disk_usage(home).free
-    if needed.disk_bytes > free:
-        raise ValueError(
-            f"the run would write {needed.disk_bytes / 1e9:.1f} GB and {home} has "
-            f"{free / 1e9:.1f} GB left; free some disk space or choose another --home"
-        )
+def fits(spec: JobSpec, device: str, home: Path) -> None:
+    """ValueError with the numbers if the job cannot fit into memory or onto the disk."""
+    kinds.find(spec.kind).check(spec, device, home)

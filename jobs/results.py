@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.events import read
+from jobs.events import Event, plain, read
 from jobs.home import DATABASE, Ownership, Server, owned, server
 from jobs.queue import Queue
 from jobs.supervisor import Copy
@@ -37,11 +38,40 @@ def report(queue: Queue, run_id: str) -> dict[str, Any]:
         "recipe": view.recipe,
         "state": str(view.state),
         "fingerprint": view.fingerprint,
-        "storage": spec["storage"] if isinstance(spec, dict) else spec.storage,
+        "storage": spec.get("storage")
+        if isinstance(spec, dict)
+        else getattr(spec, "storage", None),
         "measurements": list(measured.values()),
         "notes": list(notes),
         **({"error": view.error} if view.error else {}),
     }
+
+
+def mined(queue: Queue, job_id: str) -> list[dict[str, Any]]:
+    """One entry per variant that a mining job asked, in its order (docs/command-line.md)."""
+    rows: dict[str, dict[str, Event]] = {}
+    for event in read(queue.folder(job_id))[0]:
+        if event["type"] == "mined":
+            rows.setdefault(event["run_id"], {})[event["prompt_id"]] = event
+    recipes = {view.run_id: view.recipe for view in queue.runs()}
+    return [
+        {
+            "run_id": run_id,
+            "recipe": recipes.get(run_id, run_id),
+            "prompts": len(found),
+            "identical": mean(found.values(), "identical"),
+            "departs": statistics.median(event["departs"] for event in found.values()),
+            "kld": mean(found.values(), "kld"),
+            "agreement": mean(found.values(), "agreement"),
+        }
+        for run_id, found in rows.items()
+    ]
+
+
+def mean(rows: Iterable[Event], name: str) -> Any:
+    """Of a number that each row has or lacks, as JSON data; None where all lack it."""
+    values = [float(row[name]) for row in rows if row[name] is not None]
+    return plain(statistics.fmean(values)) if values else None
 
 
 def note_text(event: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from jobs import failure, folders, locks
 from jobs.devices import Free, Place, Slots
 from jobs.events import Event, State, append, read
+from jobs.kinds import RUN
 from jobs.launch import Ended, Launcher, WarmLauncher
 from jobs.queue import Queue
 from jobs.view import RunView
@@ -26,7 +27,6 @@ from jobs.worker import BUSY, DONE, STOPPED
 log = logging.getLogger(__name__)
 
 PAUSE_S = 0.2  # between ticks, unless a worker ends
-SHARED = ("quantize", "evaluate")  # every other stage is a timing and has the CPU to itself
 GONE_WRONG = (State.FAILED, State.CANCELLED)
 
 
@@ -207,7 +207,7 @@ class Supervisor:
 
     def _launch(self, view: RunView, free: Free) -> None:
         stage = next((s for s in view.stages if s not in view.done), "")
-        place = free.claim(view.device, whole=stage not in SHARED)
+        place = free.claim(view.device, whole=stage in view.alone)
         if place is not None:
             self.launcher.start(self.queue.folder(view.run_id), place)
             self._launched[view.run_id] = place
@@ -244,7 +244,7 @@ def in_order(views: Iterable[RunView]) -> list[RunView]:
         key=lambda view: (
             -urgency[view.run_id],
             view.state is not State.RUNNING,
-            "quantize" in view.stages,
+            view.kind != RUN or "quantize" in view.stages,
             view.submitted,
             view.run_id,
         ),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.events import Event, State
 
 if TYPE_CHECKING:
-    from backend.spec import RunSpec
+    from backend.spec import JobSpec
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Folded:
     done: tuple[str, ...] = ()  # stages that ended well
     deaths: int = 0  # of the current stage, since the run was last queued
     fraction: float = 0.0  # of the current stage, 0 to 1
+    begun_at: float | None = 0.0  # where the stage resumed; None until it says so
     block: int | None = None
     blocks: int | None = None
     item: str = ""
@@ -35,15 +36,17 @@ class Folded:
 
 @dataclass(frozen=True)
 class RunView:
-    """One run, as pages and command line show it."""
+    """One job of any kind, as pages and command line show it."""
 
     run_id: str
     label: str
-    recipe: str
-    spec: RunSpec | dict[str, Any]  # plain data if this program does not know one of its parts
+    recipe: str  # of a run; of another kind one line that says what is done
+    spec: JobSpec | dict[str, Any]  # plain data if this program does not know one of its parts
+    kind: str  # run, mine, ...
     state: State
     stage: str | None
     stages: tuple[str, ...]
+    alone: tuple[str, ...]  # stages beside which nothing else may run on the CPU
     done: tuple[str, ...]  # stages finished
     fraction: float  # over all stages, 0 to 1
     block: int | None
@@ -90,7 +93,9 @@ def _stage(run: Folded, event: Event) -> Folded:
     if event["status"] == "started":
         deaths = run.deaths if event["stage"] == run.stage else 0
         fresh = replace(run, stage=event["stage"], open=True, stage_started=event["t"])
-        return replace(fresh, deaths=deaths, fraction=0.0, block=None, blocks=None, item="")
+        begun_at = None if event["stage"] in run.seconds else 0.0
+        fresh = replace(fresh, deaths=deaths, fraction=0.0, begun_at=begun_at)
+        return replace(fresh, block=None, blocks=None, item="")
     closed = _closed(run, event)
     if event["status"] == "done":
         return replace(closed, done=(*run.done, event["stage"]), deaths=0, fraction=1.0, item="")
@@ -111,9 +116,11 @@ def _closed(run: Folded, event: Event) -> Folded:
 
 
 def _progress(run: Folded, event: Event) -> Folded:
+    fraction = min(1.0, max(0.0, float(event.get("fraction") or 0.0)))
     return replace(
         run,
-        fraction=min(1.0, max(0.0, float(event.get("fraction") or 0.0))),
+        fraction=fraction,
+        begun_at=fraction if run.begun_at is None else run.begun_at,
         block=event.get("block"),
         blocks=event.get("blocks"),
         item=event.get("item") or "",
@@ -163,6 +170,8 @@ def remaining(
 def _left(run: Folded, usual: float | None, now: float) -> float | None:
     """Of the stage under way: by its own pace, else by what such a stage took before."""
     elapsed = max(0.0, now - (run.stage_started or now))
-    if run.fraction > 0.02 and elapsed > 0:
-        return elapsed * (1 - run.fraction) / run.fraction
+    # A stage that resumes begins where it stopped: what it did before says nothing of its pace.
+    covered = run.fraction - (run.begun_at or 0.0)
+    if covered > 0.02 and elapsed > 0:
+        return elapsed * (1 - run.fraction) / covered
     return None if usual is None else max(0.0, usual - elapsed)

@@ -15,13 +15,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs import failure, folders, locks
+from jobs import failure, folders, kinds, locks
 from jobs.devices import Place
 from jobs.events import State, append, read
 from jobs.view import Folded, fold
 
 if TYPE_CHECKING:
-    from backend.spec import RunSpec
+    from backend.spec import JobSpec
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +100,7 @@ def _turn(folder: Path, place: Place, stop: Stop) -> int:
         return _fail(folder, run.stage or "", error)
 
 
-def _stage(folder: Path, spec: RunSpec, left: list[str], place: Place, stop: Stop) -> int:
-    from backend.execute import execute
+def _stage(folder: Path, spec: JobSpec, left: list[str], place: Place, stop: Stop) -> int:
     from backend.pipeline import Cancelled
 
     stage = left[0]
@@ -110,7 +109,7 @@ def _stage(folder: Path, spec: RunSpec, left: list[str], place: Place, stop: Sto
     _clear_parts(folder)
     home = folder.parents[1]
     try:
-        execute(
+        kinds.find(spec.kind).work(
             spec,
             stage,
             folder,
@@ -153,16 +152,14 @@ def _clear_parts(folder: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def read_spec(folder: Path) -> RunSpec:
-    """The run's spec, refused if its parts now compute something else than when submitted."""
-    from backend.spec import RunSpec
-
-    spec = RunSpec.model_validate(json.loads((folder / folders.SPEC).read_text(encoding="utf-8")))
+def read_spec(folder: Path) -> JobSpec:
+    """The job's spec, refused if its parts now compute something else than when submitted."""
+    spec = kinds.validate(json.loads((folder / folders.SPEC).read_text(encoding="utf-8")))
     submitted = json.loads((folder / folders.JOB).read_text(encoding="utf-8"))
     if spec.artifact_id() != submitted["artifact_id"]:
         raise ValueError(
-            "a method or format of this run has changed since it was submitted, so its finished "
-            "blocks cannot be continued; submit it again"
+            f"a part of this {spec.kind} has changed since it was submitted, so what it finished "
+            "cannot be continued; submit it again"
         )
     return spec
 

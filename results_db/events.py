@@ -12,11 +12,14 @@ from results_db.database import StoreError
 Row = dict[str, Any]
 Event = Mapping[str, Any]
 
-# A later row with the same key takes the place of the earlier one.
+# A later row with the same key takes the place of the earlier one. First comes the job's own id.
 KEYS: dict[str, tuple[str, ...]] = {
     "measurements": ("run_id", "metric_id", "name", "device", "dtype"),
     "layers": ("run_id", "metric_id", "block", "module", "name"),
     "notes": ("run_id", "block", "module", "text"),
+    "mined": ("job_id", "run_id", "prompt_id"),
+    "judged_answers": ("job_id", "run_id", "question", "turn"),
+    "verdicts": ("job_id", "question", "turn", "run_a", "run_b", "swapped"),
 }
 
 
@@ -64,6 +67,7 @@ def from_spec(spec: str) -> Row:
         model = parsed.get("model", {})
         return {
             "spec": spec,
+            "kind": parsed.get("kind", "run"),
             "storage": parsed.get("storage"),
             "model": model.get("id"),
             "revision": model.get("revision"),
@@ -143,6 +147,42 @@ def _measurement(batch: Batch, event: Event) -> None:
         batch.items[key] = [number(value) for value in event.get("items") or ()]
 
 
+MINED_NUMBERS = ("kld", "kld_max", "agreement")
+MINED = (
+    *("run_id", "artifact_id", "prompt_id", "category", "language", "prompt"),
+    *("departs", "tokens", "base_tokens", "finish", "identical", "answer_hash"),
+    *("temperature", "top_p", "max_new", "seed", "device", "dtype", "storage"),
+)
+
+
+def _mined(batch: Batch, event: Event) -> None:
+    of_job = {"job_id": batch.run["run_id"], "model": batch.run["model"], "mined_at": _time(event)}
+    numbers = {name: number(event[name]) for name in MINED_NUMBERS}
+    batch.put("mined", of_job | numbers | {name: event[name] for name in MINED})
+
+
+ANSWER = (
+    *("run_id", "artifact_id", "question", "category", "language", "turn", "prompt", "text"),
+    *("characters", "tokens", "finish", "temperature", "top_p", "max_new", "seed"),
+)
+VERDICT = (
+    *("judge_id", "style", "question", "category", "language", "turn", "run_a", "run_b"),
+    *("swapped", "games", "score", "preference", "failed", "judge", "text", "prompt_hash"),
+    *("prompt_tokens", "completion_tokens", "latency_s", "attempts"),
+)
+
+
+def _answer(batch: Batch, event: Event) -> None:
+    of_job = {"job_id": batch.run["run_id"], "answered_at": _time(event)}
+    batch.put("judged_answers", of_job | {name: event[name] for name in ANSWER})
+
+
+def _verdict(batch: Batch, event: Event) -> None:
+    of_job = {"job_id": batch.run["run_id"], "judged_at": _time(event)}
+    flags = {"flags": ",".join(event["flags"])}
+    batch.put("verdicts", of_job | flags | {name: event[name] for name in VERDICT})
+
+
 def _conditions(batch: Batch, event: Event) -> Row:
     """What a number was measured under, beside the columns it shares with a layer's."""
     return {
@@ -174,4 +214,7 @@ FOLDS: dict[str, Callable[[Batch, Event], None]] = {
     "env": _env,
     "note": _note,
     "measurement": _measurement,
+    "mined": _mined,
+    "answer": _answer,
+    "verdict": _verdict,
 }

@@ -27,7 +27,7 @@ COUNTS = ("n", "version")
 
 RUNS = """
     SELECT r.* EXCLUDE (seen_bytes),
-           coalesce(json_array_length(r.spec, '$.steps'), 0) = 0 AS is_baseline,
+           r.kind = 'run' AND coalesce(json_array_length(r.spec, '$.steps'), 0) = 0 AS is_baseline,
            coalesce(k.notes, 0) AS notes,
            coalesce(k.notes_text, '') AS notes_text
     FROM runs r LEFT JOIN (
@@ -37,32 +37,34 @@ RUNS = """
     ) k USING (run_id)
 """
 
+IS_RUN = "r.kind = 'run'"  # jobs of other kinds measure no model
+
 
 def runs(store: Store) -> pd.DataFrame:
     """Every run, newest first, with `is_baseline` (no steps), `notes` and `notes_text`."""
-    return store.frame(f"{RUNS} ORDER BY submitted DESC NULLS LAST, run_id")
+    return store.frame(f"{RUNS} WHERE {IS_RUN} ORDER BY submitted DESC NULLS LAST, run_id")
 
 
 def run(store: Store, run_id: str) -> pd.DataFrame:
-    """One run as one row, or no row where the id is unknown."""
+    """One job of any kind as one row, or no row where the id is unknown."""
     return store.frame(f"{RUNS} WHERE r.run_id = $run_id", run_id=run_id)
 
 
 def models(store: Store) -> pd.DataFrame:
     """Models that were run, the most used first: how many runs, how many done, the last one."""
-    return store.frame("""
+    return store.frame(f"""
         SELECT model, revision, model_content, count(*) AS runs,
                count(*) FILTER (state = 'done') AS done, max(submitted) AS last_submitted
-        FROM runs GROUP BY ALL ORDER BY runs DESC, model, revision
+        FROM runs r WHERE {IS_RUN} GROUP BY ALL ORDER BY runs DESC, model, revision
     """)
 
 
 def measurements(store: Store, model: str | None = None) -> pd.DataFrame:
     """Every number, one per row, with its run's label, recipe and model; of one model id or all."""
-    sql = """
+    sql = f"""
         SELECT m.*, r.label, r.recipe, r.model, r.model_content
         FROM measurements m JOIN runs r USING (run_id)
-        WHERE $model::VARCHAR IS NULL OR r.model = $model
+        WHERE {IS_RUN} AND ($model::VARCHAR IS NULL OR r.model = $model)
         ORDER BY r.submitted, m.run_id, m.name, m.metric_id, m.device, m.dtype
     """
     return store.frame(sql, model=model)
@@ -95,7 +97,7 @@ def wide(store: Store, model_content: str | None = None) -> pd.DataFrame:
     A run fills one row, and one more for every further device, dtype or setting under which
     a name was measured again: filter on `<name>__metric_id` before two names share an axis.
     """
-    sql = f"{RUNS} WHERE $content::VARCHAR IS NULL OR r.model_content = $content"
+    sql = f"{RUNS} WHERE {IS_RUN} AND ($content::VARCHAR IS NULL OR r.model_content = $content)"
     found = store.frame(f"{sql} ORDER BY submitted, run_id", content=model_content)
     measured = _spread(measurements(store))
     rows = found.drop(columns=["spec", "env", "error"]).merge(measured, on="run_id", how="left")
