@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,9 +56,12 @@ class Launcher(Protocol):
 class WarmLauncher:
     """Workers forked from a warm process, which is started on demand and again if it dies."""
 
-    def __init__(self, home: Path, preload: tuple[str, ...] = warm.PRELOAD) -> None:
+    def __init__(
+        self, home: Path, preload: tuple[str, ...] = warm.PRELOAD, log: str = "warm.log"
+    ) -> None:
         self.home = home
         self.preload = preload
+        self.log = home / log
         self.pids: dict[str, int | None] = {}  # run id -> pid of its living worker, once known
         self._ended: list[Ended] = []
         self._socket: socket.socket | None = None
@@ -68,7 +72,7 @@ class WarmLauncher:
         if self._socket is not None:
             return
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, (self.home / "warm.log").open("wb") as out:
+        with theirs, self.log.open("wb") as out:
             fd = theirs.fileno()
             self._process = subprocess.Popen(
                 # -P: a folder named jobs where the user stands must not take our place
@@ -85,12 +89,19 @@ class WarmLauncher:
 
     def start(self, folder: Path, place: Place) -> None:
         """Ask for a fork. If the warm process is gone, the run is among the ended ones."""
+        self._ask(folder.name, place, {"folder": str(folder)})
+
+    def start_chat(self, name: str, log: Path, place: Place, end: socket.socket) -> None:
+        """Ask for a fork that chats over `end`; if there is none, `end` closes by itself."""
+        self._ask(name, place, {"log": str(log)}, [end.fileno()])
+
+    def _ask(self, name: str, place: Place, what: dict, passed: Sequence[int] = ()) -> None:
         self.open()
         assert self._socket is not None
-        request = {"run": folder.name, "folder": str(folder), "place": place.data()}
-        self.pids[folder.name] = None
+        request = {"run": name, "place": place.data(), **what}
+        self.pids[name] = None
         try:
-            self._socket.send(json.dumps(request).encode())
+            socket.send_fds(self._socket, [json.dumps(request).encode()], passed)
         except OSError:
             self._lost()
 
@@ -146,7 +157,7 @@ class WarmLauncher:
         self._socket = None
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=1)
-        why = f"the process that starts workers ended; {self.home / 'warm.log'} says why"
+        why = f"the process that starts workers ended; {self.log} says why"
         log.error("%s", why)
         self._ended += [Ended(run_id, None, why) for run_id in self.pids]
         self.pids.clear()

@@ -3,7 +3,7 @@
 A fork costs 0.02 s where a new interpreter with torch, transformers and lm-eval costs 4 to 9 s.
 It runs no tensor operation and touches no CUDA, because neither survives a fork. It talks over one
 socket: a request in, `pid` and later `exit` out. Once the socket closes it starts nothing more, and
-leaves when its last worker has.
+leaves when its last worker has. A request for a chat brings the chat's own socket along.
 """
 
 from __future__ import annotations
@@ -34,6 +34,14 @@ PRELOAD = (
     "backend.execute",
     "backend.environment",
     "jobs.worker",
+)
+CHAT_PRELOAD = (
+    "torch",
+    "safetensors.torch",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.tokenization_auto",
+    "backend.chat",
+    "jobs.chat_worker",
 )
 REQUEST_BYTES = 1 << 16
 
@@ -66,26 +74,28 @@ class Warm:
 
     def answer(self) -> bool:
         """Take one request -> False once the parent is gone."""
-        data = self.requests.recv(REQUEST_BYTES)
+        data, passed, _, _ = socket.recv_fds(self.requests, REQUEST_BYTES, 1)
         if not data:
             self.open = False
             return False
-        self.fork(json.loads(data))
+        self.fork(json.loads(data), passed)
         return True
 
-    def fork(self, request: dict[str, Any]) -> None:
-        """Start a worker for {run, folder, place}."""
+    def fork(self, request: dict[str, Any], passed: list[int]) -> None:
+        """Start a worker for {run, folder, place}, or a chat for {run, log, place} and a socket."""
         try:
             pid = os.fork()
         except OSError as error:
             self.tell(run=request["run"], exit=None, why=f"no new process: {error.strerror}")
-            return
-        if pid == 0:
-            self.become_worker(Path(request["folder"]), Place(**request["place"]))
-        self.children[pid] = request["run"]
-        self.tell(run=request["run"], pid=pid)
+        else:
+            if pid == 0:
+                self.become(request, passed)
+            self.children[pid] = request["run"]
+            self.tell(run=request["run"], pid=pid)
+        for fd in passed:
+            os.close(fd)  # whoever holds the other end must see when the child's end is gone
 
-    def become_worker(self, folder: Path, place: Place) -> None:
+    def become(self, request: dict[str, Any], passed: list[int]) -> None:
         """In the child. Never returns."""
         status = 1
         try:
@@ -93,9 +103,7 @@ class Warm:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for end in (self.requests, self.deaths, self.wake):
                 end.close()
-            from jobs import worker
-
-            status = worker.work(folder, place, worker.settle_in(folder, place))
+            status = work(request, passed)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -118,6 +126,20 @@ class Warm:
         """Send one message to the parent, if it still listens."""
         with suppress(OSError):
             self.requests.send(json.dumps(message).encode())
+
+
+def work(request: dict[str, Any], passed: list[int]) -> int:
+    """What the child was forked for -> exit status."""
+    place = Place(**request["place"])
+    if passed:
+        from jobs.chat_worker import serve, settle_in
+
+        settle_in(Path(request["log"]), place)
+        return serve(socket.socket(fileno=passed[0]))
+    from jobs import worker
+
+    folder = Path(request["folder"])
+    return worker.work(folder, place, worker.settle_in(folder, place))
 
 
 def load(modules: tuple[str, ...]) -> None:
