@@ -139,3 +139,17 @@ def test_a_stage_without_progress_is_judged_by_its_kind():
     done = fold(run, [event("state", 30, state="done")])
     assert remaining(done, STAGES, {}, now=31) is None
     assert overall(done, STAGES, {}) == 1
+
+
+def test_a_stage_that_resumes_is_judged_by_its_pace_since_then():
+    story = [
+        event("stage", 0, stage="mine", status="started"),
+        event("progress", 30, fraction=0.6),
+        event("died", 31, stage="mine", exit=-9),
+        event("stage", 100, stage="mine", status="started"),
+        event("progress", 101, fraction=0.6),
+    ]
+    run = fold(Folded(), story)
+    assert remaining(run, ("mine",), {}, now=101) is None  # it has done nothing yet
+    run = fold(run, [event("progress", 110, fraction=0.8)])
+    assert remaining(run, ("mine",), {}, now=110) == pytest.approx(10)  # a fifth in 10 s

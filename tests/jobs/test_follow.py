@@ -94,7 +94,7 @@ def test_who_follows_takes_over_when_the_server_dies(place):
 
 def test_a_database_of_newer_code_is_one_sentence_for_who_follows(place):
     store = Store(place.path / DATABASE)
-    store._write(lambda cursor: bool(cursor.execute("UPDATE schema_version SET version = 999")))
+    store.write(lambda cursor: bool(cursor.execute("UPDATE schema_version SET version = 999")))
     store.close()
     run_id = place.submit(chain())
     with pytest.raises(ValueError, match="999"):
