@@ -7,6 +7,8 @@ import importlib
 import sys
 from pathlib import Path
 
+from app import judge_command
+
 DEFAULT_METRICS = "perplexity,divergence,size"
 
 
@@ -20,6 +22,8 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_serve(commands)
     add_run(commands)
+    add_mine(commands)
+    add_home(judge_command.add(commands))
     for name, text in (
         ("recipes", "list the presets and their pipelines"),
         ("methods", "list the quantization methods and number formats with their knobs"),
@@ -66,6 +70,19 @@ def add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         metavar="DIR",
         help="folder whose models may be used by path; may be repeated",
     )
+    serve.add_argument(
+        "--limits",
+        default="",
+        metavar="TEXT",
+        help="of voters, such as votes=60/min+600/hour,address_votes=none (default: generous on "
+        "this machine, strict on another host)",
+    )
+    serve.add_argument(
+        "--chat-memory",
+        type=float,
+        metavar="GIB",
+        help="memory of all chat processes (default: half of what is free at the start)",
+    )
     add_home(serve)
 
 
@@ -111,8 +128,40 @@ def add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     add_home(run)
 
 
+def add_mine(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`quantarena mine`."""
+    mine = commands.add_parser("mine", help="find the prompts that tell a model's variants apart")
+    mine.add_argument(
+        "--model", required=True, metavar="M", help="demo, a folder or a hub id@revision"
+    )
+    mine.add_argument(
+        "--runs", nargs="+", default=[], metavar="ID", help="finished runs (default: all of M)"
+    )
+    mine.add_argument(
+        "--prompts", nargs="+", default=[], metavar="ID", help="prompts (default: the whole pool)"
+    )
+    mine.add_argument(
+        "--max-new", type=int, default=256, metavar="N", help="tokens of an answer (default: 256)"
+    )
+    mine.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="default: 0, the likeliest"
+    )
+    mine.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1 (default: the first free one)"
+    )
+    mine.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="that of the runs",
+    )
+    mine.add_argument("--seed", type=int, default=0)
+    mine.add_argument("--json", type=Path, metavar="FILE", help="write one entry per variant")
+    add_home(mine)
+
+
 def add_store_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """`quantarena export`, `sql` and `rebuild`."""
+    """`quantarena export`, `sql`, `rebuild` and what is done with votes."""
     export = commands.add_parser("export", help="write every table as files")
     export.add_argument(
         "--format", choices=("csv", "parquet", "json"), default="csv", help="default: csv"
@@ -123,8 +172,36 @@ def add_store_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
     sql.add_argument("query", metavar="QUERY", help="for example: select * from runs")
     sql.add_argument("--json", action="store_true", help="print rows as JSON instead of a table")
     add_home(sql)
-    rebuild = commands.add_parser("rebuild", help="make the database again from the run folders")
+    rebuild = commands.add_parser(
+        "rebuild", help="make the database again from the run folders and the vote log"
+    )
     add_home(rebuild)
+    add_vote_commands(commands)
+
+
+def add_vote_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`quantarena check-votes`, `import-votes` and `export-votes`."""
+    check = commands.add_parser("check-votes", help="check that no vote was changed or removed")
+    check.add_argument(
+        "--expect",
+        default="",
+        metavar="HASH",
+        help="a last hash printed earlier: 1 if no entry has it, which means that some are gone",
+    )
+    add_home(check)
+    kinds = ".csv, .parquet, .json or .jsonl"
+    add = commands.add_parser("import-votes", help="add battles from a file to the votes")
+    add.add_argument("file", type=Path, metavar="FILE", help=f"{kinds}, in the field's columns")
+    add_home(add)
+    write = commands.add_parser("export-votes", help="write the votes that count as battles")
+    write.add_argument("file", type=Path, metavar="FILE", help=f"{kinds}, in the field's columns")
+    write.add_argument(
+        "--kind",
+        action="append",
+        choices=("human", "judge", "auto", "import"),
+        help="whose votes; may be repeated (default: human and import)",
+    )
+    add_home(write)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -132,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     commands = importlib.import_module("app.commands")
     try:
-        return int(getattr(commands, args.command)(args))
+        return int(getattr(commands, args.command.replace("-", "_"))(args))
     except (ValueError, OSError) as error:
         from backend.registry import one_sentence
 

@@ -14,6 +14,7 @@ from app.views import model_of, spec_data
 from backend.metrics import METRICS
 from backend.recipes import parse
 from backend.spec import ModelRef, RunSpec
+from jobs.kinds import RUN
 from jobs.queue import RunView
 from results_db import queries
 
@@ -41,7 +42,7 @@ def publish(ctx: Context) -> None:
 
     def list_runs() -> list[dict[str, Any]]:
         """Every run: id, recipe, model, state, share done."""
-        return [summary(view) for view in ctx.runs.runs()]
+        return [summary(view) for view in ctx.runs.runs() if view.kind == RUN]
 
     def results(run_id: str) -> dict[str, Any]:
         """A run with its measurements and notes."""
@@ -95,7 +96,8 @@ def full(ctx: Context, run_id: str) -> dict[str, Any]:
     measured = queries.measurements(ctx.store)
     notes = queries.notes(ctx.store, run_id)
     stored = queries.run(ctx.store, run_id)
-    text = recipe_of(str(stored["spec"].iloc[0])).text if len(stored) else view.recipe
+    known = len(stored) and view.kind == RUN
+    text = recipe_of(str(stored["spec"].iloc[0])).text if known else view.recipe
     return summary(view) | {
         "recipe": text,
         "fingerprint": view.fingerprint,

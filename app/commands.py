@@ -6,17 +6,34 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 
 def serve(args: argparse.Namespace) -> int:
     """Start the web app; blocks until stopped."""
+    from app.context import LOOPBACK
     from app.server import serve as start
     from jobs.home import home_folder
+    from jobs.limits import PUBLIC, Limits
 
     models = [folder.expanduser().resolve() for folder in args.models]
-    start(home_folder(args.home), args.host, args.port, args.token, models)
+    limits = Limits() if args.host in LOOPBACK else PUBLIC
+    if args.limits:
+        limits = Limits.from_text(args.limits, limits)
+    memory = args.chat_memory
+    if memory is not None and not memory > 0:
+        raise ValueError(f"--chat-memory {memory:g} is not above 0 GiB")
+    start(
+        home_folder(args.home),
+        args.host,
+        args.port,
+        args.token,
+        models,
+        limits=limits,
+        chat_bytes=None if memory is None else int(memory * 2**30),
+    )
     return 0
 
 
@@ -81,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
     specs = specs_of(args)
     queue = Queue(home_folder(args.home))
-    run_ids = [queue.submit(spec, recipe=text, device=args.device) for text, spec in specs]
+    run_ids = [queue.submit(spec, device=args.device) for _, spec in specs]
     show_progress(queue, run_ids)
     reports = [
         report(queue, run_id) | {"recipe": "".join(text.split())}
@@ -192,10 +209,50 @@ def print_results(reports: Sequence[dict[str, Any]]) -> None:
         rows.append((report["recipe"], report["state"], *(number(values.get(n)) for n in names)))
     print_table(rows)
     for report in reports:
-        for note in report["notes"]:
-            print(f"note: {report['recipe']}: {note}")
-        if report.get("error"):
-            print(f"failed: {report['recipe']}: {report['error']['message']}", file=sys.stderr)
+        print_notes(report)
+
+
+def print_notes(report: dict[str, Any]) -> None:
+    """What a job had to say, and what went wrong."""
+    for note in report["notes"]:
+        print(f"note: {report['recipe']}: {note}")
+    if report.get("error"):
+        print(f"failed: {report['recipe']}: {report['error']['message']}", file=sys.stderr)
+
+
+def mine(args: argparse.Namespace) -> int:
+    """Put the prompts to a model's variants; print how far each answers from the 16-bit model."""
+    from backend.spec import MineSpec, ModelRef
+    from jobs.home import home_folder
+    from jobs.queue import Queue
+    from jobs.results import mined, report
+
+    name, _, revision = args.model.partition("@")
+    spec = MineSpec(
+        model=ModelRef(id=local_path(name), revision=revision, dtype=args.dtype),
+        runs=tuple(args.runs),
+        prompts=tuple(args.prompts),
+        temperature=args.temperature,
+        max_new=args.max_new,
+        seed=args.seed,
+    )
+    queue = Queue(home_folder(args.home))
+    job = queue.submit(spec, device=args.device)
+    show_progress(queue, [job])
+    found, entry = mined(queue, job), report(queue, job)
+    names = ("recipe", "prompts", "identical", "departs", "kld", "agreement")
+    print_table([names, *((row["recipe"], *(number(row[n]) for n in names[1:])) for row in found)])
+    print_notes(entry)
+    if args.json:
+        write_json(args.json, found)
+    return exit_code(entry)
+
+
+def judge(args: argparse.Namespace) -> int:
+    """Let a judge grade or compare the answers of a model's variants."""
+    from app.judge_command import judge as start
+
+    return start(args)
 
 
 def number(value: Any) -> str:
@@ -229,8 +286,13 @@ def export(args: argparse.Namespace) -> int:
     from jobs.home import home_folder
     from jobs.results import reading_store
     from results_db.export import export as write
+    from results_db.vote_rows import copied, copy_file
+    from results_db.votes import FILE
 
-    with reading_store(home_folder(args.home)) as store:
+    home = home_folder(args.home)
+    with reading_store(home) as store:
+        if not copied(store).seq:  # the copy beside a running server is made of the runs alone
+            copy_file(store, home / FILE)
         for path in write(store, args.out, args.format):
             print(path)
     return 0
@@ -250,11 +312,91 @@ def sql(args: argparse.Namespace) -> int:
 
 
 def rebuild(args: argparse.Namespace) -> int:
-    """Make the database again from the run folders."""
+    """Make the database again from the run folders and the vote log."""
     from jobs.home import home_folder
     from jobs.rebuild import rebuild as again
 
     print(again(home_folder(args.home)))
+    return 0
+
+
+def check_votes(args: argparse.Namespace) -> int:
+    """Hold the vote log against its hashes, its rules and the database; 1 if anything is wrong."""
+    from jobs.home import home_folder
+    from results_db.vote_log import check
+    from results_db.votes import FILE
+
+    home = home_folder(args.home)
+    path = home / FILE
+    found = check(path, args.expect)
+    wrong = [f"line {found.broken_line}: {found.why}"] if found.why else []
+    if args.expect and found.expected_at is None:
+        wrong.append(f"no entry has the hash {args.expect}: entries were removed or changed")
+    differs, beside = database_votes(home, path, found.head.seq)
+    wrong += [differs] if differs else []
+    print(f"{path}: {found.head.seq} entries, {found.votes} votes, {found.retractions} retractions")
+    print(f"last hash: {found.head.hash}")
+    if args.expect and found.expected_at is not None:
+        print(f"expected hash: it is the last of the first {found.expected_at} entries")
+    if found.torn_bytes:
+        print(f"{found.torn_bytes} bytes at the end are no whole line: one under way, or a crash")
+    print(f"database: {beside}")
+    for sentence in wrong:
+        print(f"wrong: {sentence}")
+    return 1 if wrong else 0
+
+
+def database_votes(home: Path, path: Path, entries: int) -> tuple[str, str]:
+    """(what is wrong with the database's copy or "", how it compares) for a log of `entries`."""
+    from jobs.home import DATABASE, Ownership, owned, server
+    from jobs.results import query
+    from results_db.store import Store, StoreError
+    from results_db.vote_log import START, check
+    from results_db.vote_rows import PLACES, copied, difference
+
+    if server(home):
+        sql = f"SELECT count(*), coalesce(max(seq), 0), max_by(hash, seq) FROM {PLACES}"
+        (rows, last, hash), *_ = query(home, sql)[1]
+        same = rows == last == check(path, hash or START).expected_at
+        if not same:
+            return f"the {rows} entries in the database are not the first of the file", "it differs"
+        return "", f"{rows} entries, the same last hash; stop the server to compare every field"
+    if owned(home):
+        return "", "in use by a run, not compared"
+    if not (home / DATABASE).exists():
+        return "", "none yet"
+    try:
+        with Ownership(home), closing(Store(home / DATABASE)) as store:
+            behind = entries - copied(store).seq
+            wrong = difference(store, path)
+    except StoreError as error:
+        return str(error), "it cannot be read"
+    later = f", {behind} more will be copied at the next start" if behind > 0 else ""
+    return wrong, "it differs" if wrong else f"{entries - max(behind, 0)} entries, the same{later}"
+
+
+def import_votes(args: argparse.Namespace) -> int:
+    """Add the battles of a file to the votes, all of them or none."""
+    from jobs.home import DATABASE, Ownership, home_folder
+    from results_db.battles_io import import_battles
+    from results_db.store import Store
+    from results_db.votes import FILE, Votes
+
+    home = home_folder(args.home)
+    with Ownership(home), closing(Store(home / DATABASE)) as store:
+        done = import_battles(Votes(store, home / FILE), args.file)
+    print(f"{done.added} battles added, {done.rows - done.added} were there already")
+    return 0
+
+
+def export_votes(args: argparse.Namespace) -> int:
+    """Write battles in the field's columns, from the log itself: also beside a running server."""
+    from jobs.home import home_folder
+    from results_db.battles_io import PEOPLE, export_battles
+    from results_db.votes import FILE
+
+    written = export_battles(home_folder(args.home) / FILE, args.file, args.kind or PEOPLE)
+    print(f"{written} battles written to {args.file}")
     return 0
 
 

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlencode, urlsplit
 
+from jobs.arena import Arena
+from jobs.chat import ChatPool
 from jobs.queue import Queue, RunView
 from results_db.store import Store
+from results_db.votes import Votes
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 TOKEN_NAME = "quantarena_token"  # of the cookie
+SESSION_NAME = "quantarena_session"  # of the cookie that tells one browser from another
 
 
 class Reading(Protocol):
@@ -36,6 +40,9 @@ class Visit(Protocol):
     @property
     def query_params(self) -> Any: ...
 
+    @property
+    def client(self) -> Any: ...
+
 
 @dataclass(frozen=True)
 class Context:
@@ -48,6 +55,9 @@ class Context:
     host: str = "127.0.0.1"
     token: str = ""
     _queue: Queue | None = None
+    votes: Votes | None = None
+    chat: ChatPool | None = None
+    arena: Arena | None = None
 
     def change(self, visit: Visit) -> Queue:
         """The queue, to change; PermissionError for a visitor who may only look."""
@@ -73,6 +83,16 @@ def shown_tokens(visit: Visit) -> list[str]:
         bearer.removeprefix("Bearer ") if bearer.startswith("Bearer ") else "",
         str(visit.query_params.get("token", "")),
     ]
+
+
+def session_of(visit: Visit) -> str:
+    """What tells this browser from others: its cookie; "" before it has one."""
+    return str(visit.cookies.get(SESSION_NAME, ""))
+
+
+def address_of(visit: Visit) -> str:
+    """Network address the request came from."""
+    return str(visit.client.host) if visit.client else ""
 
 
 def _from_here(visit: Visit) -> bool:
@@ -108,9 +128,25 @@ class Picks:
     sort: str = ""  # column, with - in front for falling
     columns: Words = ()
     table: bool = False  # the chart as a table
+    published: bool = False  # values from print laid over the chart
     id: str = ""  # the run that the run page shows
     against: str = ""  # and the one it is compared with
     layer: str = ""  # which per-layer value
+    # leaderboard
+    tab: str = ""  # published, imported; "": the variants of the model
+    voters: Words = ()  # kinds of voters in the people's columns; (): human
+    category: str = ""  # of the prompts
+    language: str = ""
+    clean: bool = False  # leave out anomalous voters
+    style: bool = False  # hold length and layout of the answers fixed
+    interval: str = ""  # bootstrap; "": sandwich
+    elo: bool = False  # a column with online Elo
+    ties: str = ""  # without: battle counts leave ties out
+    hide: Words = ()  # column groups switched off
+    tables: Words = ()  # charts shown as tables
+    printed: str = ""  # filters of published results: model, metric, method
+    metric: str = ""
+    method: str = ""
 
     @classmethod
     def read(cls, query: Mapping[str, Any]) -> Picks:

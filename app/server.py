@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import socket
@@ -23,15 +24,23 @@ from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Stre
 from fastapi.staticfiles import StaticFiles
 from markupsafe import Markup
 
-from app import api, pages, rows, status
-from app.context import LOOPBACK, TOKEN_NAME, Context, Picks
+from app import api, arena_routes, leaderboard_routes, pages, rows, status
+from app.context import LOOPBACK, SESSION_NAME, TOKEN_NAME, Context, Picks, session_of
 from app.markup import tag
 from jobs import devices
+from jobs.arena import Arena
+from jobs.chat import ChatPool
 from jobs.home import DATABASE, Ownership
+from jobs.limits import Limits
 from jobs.queue import Queue
 from jobs.supervisor import Supervisor
 from results_db.queries import with_baseline
 from results_db.store import Store, StoreError
+from results_db.verdicts import VoteCaster
+from results_db.votes import FILE as VOTES
+from results_db.votes import Votes
+
+log = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
 PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
@@ -63,6 +72,9 @@ def build_app(ctx: Context) -> FastAPI:
     app.middleware("http")(gate(ctx))
     add_assets(app)
     add_routes(app, ctx)
+    leaderboard_routes.add_routes(app, ctx)
+    if ctx.arena is not None:
+        arena_routes.add_routes(app, ctx.arena)
     with warnings.catch_warnings():  # it warns that many pages rule out SSR, which is off
         warnings.simplefilter("ignore", UserWarning)
         return gr.mount_gradio_app(
@@ -193,18 +205,28 @@ def gate(ctx: Context) -> Callable[[Request, Next], Awaitable[Response]]:
         shown = request.query_params.get("token", "")
         if shown and request.method == "GET" and ctx.token and ctx.trusted(request):
             rest = request.url.remove_query_params("token")
-            answer = RedirectResponse(rest.path + (f"?{rest.query}" if rest.query else ""))
-            answer.set_cookie(TOKEN_NAME, shown, httponly=True, samesite="strict")
-            return answer
-        return await with_head(request, await following(request), in_head)
+            there = RedirectResponse(rest.path + (f"?{rest.query}" if rest.query else ""))
+            there.set_cookie(TOKEN_NAME, shown, httponly=True, samesite="strict")
+            return there
+        answer = await with_head(request, await following(request), in_head)
+        if is_page(request, answer) and not session_of(request):
+            answer.set_cookie(
+                SESSION_NAME, secrets.token_urlsafe(16), YEAR_S, httponly=True, samesite="lax"
+            )
+        return answer
 
     return check
 
 
+def is_page(request: Request, answer: Response) -> bool:
+    """True for HTML that a browser asked for."""
+    kind = answer.headers.get("content-type", "")
+    return request.method == "GET" and kind.startswith("text/html")
+
+
 async def with_head(request: Request, answer: Response, in_head: str) -> Response:
     """A page with our head in it from the first byte: Gradio would add it later, by script."""
-    kind = answer.headers.get("content-type", "")
-    if request.method != "GET" or not kind.startswith("text/html"):
+    if not is_page(request, answer):
         return answer
     chunks = [chunk async for chunk in cast(StreamingResponse, answer).body_iterator]
     body = b"".join(c if isinstance(c, bytes) else str(c).encode() for c in chunks)
@@ -213,7 +235,16 @@ async def with_head(request: Request, answer: Response, in_head: str) -> Respons
     return Response(page, answer.status_code, headers)
 
 
-def serve(home: Path, host: str, port: int, token: str = "", models: Sequence[Path] = ()) -> None:
+def serve(
+    home: Path,
+    host: str,
+    port: int,
+    token: str = "",
+    models: Sequence[Path] = (),
+    *,
+    limits: Limits = Limits(),
+    chat_bytes: int | None = None,
+) -> None:
     """Own `home`, work its queue and show it until stopped. ValueError in one sentence if not."""
     if host not in LOOPBACK and not token:
         token = secrets.token_urlsafe(18)
@@ -223,17 +254,42 @@ def serve(home: Path, host: str, port: int, token: str = "", models: Sequence[Pa
         supervisor = Supervisor(queue, store)
         stop = threading.Event()
         worker = threading.Thread(target=supervisor.run_until, args=(stop,), name="supervisor")
-        ctx = Context(store, queue, home, tuple(models), host, token, queue)
+        votes, chat = Votes(store, home / VOTES), ChatPool(home, budget_bytes=chat_bytes)
+        arena = Arena(home, store, votes, chat, limits)
+        jury = VoteCaster(store, votes)
+        keeper = threading.Thread(target=keep_ready, args=(arena, jury, store, stop), name="arena")
+        ctx = Context(store, queue, home, tuple(models), host, token, queue, votes, chat, arena)
         config = uvicorn.Config(build_app(ctx), log_level="warning", timeout_graceful_shutdown=2)
         url = address(host, listener.getsockname()[1], token)
         server = Telling(config, lambda: _ready(ownership, url, token))
         worker.start()
+        keeper.start()
         try:
             server.run(sockets=[listener])
         finally:
             stop.set()
+            keeper.join()
+            chat.close()
             worker.join()
             supervisor.close()
+
+
+def keep_ready(
+    arena: Arena, jury: VoteCaster, store: Store, stop: threading.Event, every_s: float = 2.0
+) -> None:
+    """Until stopped: cast judges' votes and the ties that mining found, draw the next battles."""
+    seen = -1
+    while not stop.wait(every_s):
+        try:
+            version, models = store.version, rows.models(store)
+            jury.cast()
+            for model in models if version != seen else ():
+                arena.record_ties(model)
+            seen = version
+            for model in models:
+                arena.prepare(model)
+        except Exception:  # a full disk, a broken log: voters are told when they vote
+            log.exception("the arena could not get ready")
 
 
 class Telling(uvicorn.Server):

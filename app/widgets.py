@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 
 Draw = Callable[[gr.Request], Sequence[Any]]
+Stamp = Callable[[gr.Request], Hashable]
 Act = Callable[[Mapping[str, Any], gr.Request], Mapping[str, Any]]
 
 QUIET: dict[str, Any] = {
@@ -67,11 +68,14 @@ def connect(
     draw: Draw,
     outputs: Sequence[gr.HTML],
     *,
-    stamp: Callable[[], Hashable],
+    stamp: Stamp,
     act: Act | None = None,
     every_s: float = 1.0,
 ) -> None:
-    """Draw `outputs` when the URL moves, when an action was done, and when `stamp()` changed."""
+    """Draw `outputs` when the URL moves, when an action was done, and when `stamp` has changed.
+
+    `stamp` is asked every `every_s` by every open page, so it must be cheap.
+    """
     wire = _wire()
     seen = gr.State(None)
 
@@ -92,8 +96,8 @@ def connect(
         wire.act(perform, None, [wire, seen, *outputs], trigger_mode="multiple", **QUIET)
 
 
-def _seen(stamp: Callable[[], Hashable], request: gr.Request) -> Any:
-    return repr((stamp(), sorted(dict(request.query_params).items())))
+def _seen(stamp: Stamp, request: gr.Request) -> Any:
+    return repr((stamp(request), sorted(dict(request.query_params).items())))
 
 
 def command(act: Act | None, data: Mapping[str, Any], request: gr.Request) -> str:
@@ -102,7 +106,8 @@ def command(act: Act | None, data: Mapping[str, Any], request: gr.Request) -> st
         answer = act(data, request) if act else {}
     except (ValueError, PermissionError, OSError) as error:
         answer = {"toast": str(error), "bad": True}
-    return json.dumps({"nonce": next(nonce), **answer})
+    # Gradio looks for script tags in what it takes for HTML
+    return json.dumps({"nonce": next(nonce), **answer}).replace("<", "\\u003c")
 
 
 def query(request: gr.Request) -> dict[str, str]:

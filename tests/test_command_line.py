@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from app.__main__ import main
 from backend.demo import model_folder
+from jobs.home import Ownership
 
 
 def run(home: Path, *arguments: str) -> int:
@@ -205,3 +206,113 @@ def test_sql_and_export_read_what_run_wrote(tmp_path, capsys):
     capsys.readouterr()
     assert main(["sql", question, "--home", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == rows
+
+
+BATTLES = """\
+model_a,model_b,winner,judge,turn,anony,language,tstamp
+oak,yew,model_a,ann,1,True,English,1700000000.5
+yew,'=fir,tie (bothbad),bob,2,False,German,1700000001
+oak,'=fir,model_b,ann,1,True,English,1700000002
+"""
+
+
+@pytest.fixture
+def battles(tmp_path: Path) -> Path:
+    """A file of three battles, one of a model whose name is a formula."""
+    file = tmp_path / "battles.csv"
+    file.write_text(BATTLES)
+    return file
+
+
+def votes(command: str, home: Path, *arguments: object) -> int:
+    return main([command, "--home", str(home), *map(str, arguments)])
+
+
+def test_battles_go_in_and_out_and_are_checked(tmp_path, battles, capsys):
+    home = tmp_path / "home"
+    assert votes("check-votes", home) == 0
+    assert "0 entries" in capsys.readouterr().out
+    assert votes("import-votes", home, battles) == 0
+    assert votes("import-votes", home, battles) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "3 battles added, 0 were there already",
+        "0 battles added, 3 were there already",
+    ]
+    assert votes("export-votes", home, tmp_path / "out.csv") == 0
+    assert (tmp_path / "out.csv").read_text().splitlines()[2].startswith("yew,'=fir,tie (bothbad),")
+    assert votes("export-votes", home, tmp_path / "out.json", "--kind", "human") == 0
+    assert json.loads((tmp_path / "out.json").read_text()) == []
+    capsys.readouterr()
+    assert votes("check-votes", home) == 0
+    out = capsys.readouterr().out
+    assert "3 entries, 3 votes, 0 retractions" in out
+    assert "database: 3 entries, the same" in out
+
+
+def last_hash(out: str) -> str:
+    return next(line for line in out.splitlines() if line.startswith("last hash: ")).split()[-1]
+
+
+def test_removed_and_changed_votes_are_told(tmp_path, battles, capsys):
+    votes("import-votes", tmp_path, battles)
+    votes("check-votes", tmp_path)
+    noted = last_hash(capsys.readouterr().out)
+    assert votes("check-votes", tmp_path, "--expect", noted) == 0
+    assert "the first 3 entries" in capsys.readouterr().out
+    log = tmp_path / "votes.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(lines[:2]))
+    assert votes("check-votes", tmp_path, "--expect", noted) == 1
+    out = capsys.readouterr().out
+    assert f"wrong: no entry has the hash {noted}" in out
+    assert "wrong: the database has 3 entries and the file has 2 whole ones" in out
+    log.write_bytes(lines[0] + lines[1].replace(b"yew", b"YEW") + lines[2])
+    assert votes("check-votes", tmp_path) == 1
+    assert "wrong: line 2: its content was changed after it was written" in capsys.readouterr().out
+    assert votes("import-votes", tmp_path, battles) == 2
+    assert "broken at line 2" in capsys.readouterr().err
+
+
+def test_rebuild_makes_the_votes_again(tmp_path, battles, capsys):
+    votes("import-votes", tmp_path, battles)
+    (tmp_path / "results.duckdb").unlink()
+    assert votes("rebuild", tmp_path) == 0
+    assert "3 votes and retractions copied" in capsys.readouterr().out
+    question = "select model_b, winner from votes order by seq"
+    assert main(["sql", question, "--home", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[1] == {
+        "model_b": "=fir",
+        "winner": "tie (bothbad)",
+    }
+    assert votes("check-votes", tmp_path) == 0
+    assert "3 entries, the same" in capsys.readouterr().out
+
+
+def test_beside_another_process_votes_are_read_and_not_imported(tmp_path, battles, capsys):
+    votes("import-votes", tmp_path, battles)
+    with Ownership(tmp_path):
+        assert votes("import-votes", tmp_path, battles) == 2
+        assert "is in use by another QuantArena" in capsys.readouterr().err
+        assert votes("export-votes", tmp_path, tmp_path / "out.jsonl") == 0
+        assert votes("check-votes", tmp_path) == 0
+        assert main(["export", "--home", str(tmp_path), str(tmp_path / "tables")]) == 0
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 3
+    assert "'=fir" in (tmp_path / "tables" / "votes.csv").read_text()
+
+
+BAD_BATTLES = [
+    (BATTLES.replace("bob", "bob,bob"), "line 3 has not as many cells"),
+    (BATTLES.replace("tie (bothbad)", "both"), "row 2: winner is 'both'"),
+    (BATTLES.replace("anony", "anonymous"), "there is no 'anony'"),
+]
+
+
+@pytest.mark.parametrize(("text", "why"), BAD_BATTLES)
+def test_a_bad_battle_gets_one_sentence_and_adds_nothing(tmp_path, battles, capsys, text, why):
+    battles.write_text(text)
+    assert votes("import-votes", tmp_path, battles) == 2
+    captured = capsys.readouterr()
+    assert why in captured.err
+    assert len(captured.err.splitlines()) == 1
+    assert not (tmp_path / "votes.jsonl").exists()

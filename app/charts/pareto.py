@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -14,6 +14,7 @@ import plotly.graph_objects as go
 from app import look, rows
 from app.charts import Chart
 from app.context import Picks
+from app.published_rows import NONE, Published
 from results_db.compare import NORMAL_95, front_line
 from results_db.store import Store
 
@@ -112,6 +113,7 @@ def draw(table: pd.DataFrame) -> go.Figure:
         return look.empty_figure("No run has both of these numbers yet.")
     x, y = table.attrs["x"], table.attrs["y"]
     traces = [*_front(table, x, y), *_families(table), *_baselines(table), *_rings(table)]
+    traces = [*_crosses(table), *traces]
     fig = look.figure(traces)
     for at, axis, update in (("x", x, fig.update_xaxes), ("y", y, fig.update_yaxes)):
         ticks = _ticks(axis, _visible(table, at, axis))
@@ -129,7 +131,46 @@ def _visible(table: pd.DataFrame, at: str, axis: rows.Axis) -> pd.Series:
     """The values between which an axis runs: those zoomed to, else all."""
     zoom = table.attrs.get("zoom") or ()
     ends = zoom[:2] if at == "x" else zoom[2:]
-    return pd.Series([10.0**end if axis.log else end for end in ends] if zoom else table[at])
+    return pd.Series([10.0**end if axis.log else end for end in ends] if zoom else _all(table, at))
+
+
+def laid_over(table: pd.DataFrame, published: Published, picks: Picks) -> pd.DataFrame:
+    """The points with published values beside them; the axes make room for both."""
+    axes = {}
+    for at, scale in (("x", picks.xscale), ("y", picks.yscale)):
+        axis = table.attrs[at]
+        both = {axis.name: _both_kinds(table, published, at), f"{axis.name}__unit": axis.unit}
+        log = rows.axis(pd.DataFrame(both), axis.name, scale).log
+        axes[at] = replace(axis, log=log) if len(published.rows) else axis
+    over = table.copy(deep=False)
+    over.attrs = table.attrs | axes | {"published": published}
+    return over
+
+
+def _all(table: pd.DataFrame, at: str) -> pd.Series:
+    """Values of an axis, the published ones included."""
+    return _both_kinds(table, table.attrs.get("published", NONE), at)
+
+
+def _both_kinds(table: pd.DataFrame, published: Published, at: str) -> pd.Series:
+    values = [*table[at], *published.rows[at]]
+    return pd.Series(values, dtype=float)
+
+
+def _crosses(table: pd.DataFrame) -> Iterator[go.Scatter]:
+    """Published values: small crosses in the colour of text, joined to nothing."""
+    found = table.attrs.get("published", NONE).rows
+    if len(found):
+        style = {"symbol": "x-thin", "size": 8, "line": {"width": 1.5, "color": look.MUTED}}
+        yield go.Scatter(
+            x=found["x"],
+            y=found["y"],
+            name="published",
+            mode="markers",
+            text=found["hover"],
+            hovertemplate="%{text}<extra></extra>",
+            marker=style,
+        )
 
 
 def _ticks(axis: rows.Axis, values: pd.Series) -> dict[str, Any]:
@@ -268,7 +309,8 @@ def _guides(fig: go.Figure, table: pd.DataFrame) -> None:
 def _ranges(fig: go.Figure, table: pd.DataFrame, x: rows.Axis, y: rows.Axis) -> None:
     """What was zoomed to, else all points with room for their labels."""
     zoom = table.attrs.get("zoom") or ()
-    spans = (zoom[:2], zoom[2:]) if zoom else tuple(span(table, at, a.log) for at, a in _both(x, y))
+    free = tuple(span(_all(table, at), axis.log) for at, axis in _both(x, y))
+    spans = (zoom[:2], zoom[2:]) if zoom else free
     fig.update_xaxes(range=list(spans[0]))
     fig.update_yaxes(range=list(spans[1]))
 
@@ -277,9 +319,9 @@ def _both(x: rows.Axis, y: rows.Axis) -> tuple[tuple[str, rows.Axis], tuple[str,
     return ("x", x), ("y", y)
 
 
-def span(table: pd.DataFrame, at: str, log: bool) -> tuple[float, float]:
+def span(values: pd.Series, log: bool) -> tuple[float, float]:
     """Range of an axis in its own coordinates (log10 on log axes), finite values and 8 % more."""
-    values = _coordinates(table[at], log)
+    values = _coordinates(values, log)
     values = values[values.map(math.isfinite)]
     if not len(values):
         return (0.0, 1.0)
@@ -341,7 +383,7 @@ def front_labels(table: pd.DataFrame, x: rows.Axis, y: rows.Axis) -> list[dict[s
 
 
 def _pixels(table: pd.DataFrame, x: rows.Axis, y: rows.Axis) -> list[tuple[float, float]]:
-    ranges = [span(table, at, axis.log) for at, axis in _both(x, y)]
+    ranges = [span(_all(table, at), axis.log) for at, axis in _both(x, y)]
     xs, ys = (_coordinates(table[at], axis.log) for at, axis in _both(x, y))
     (x0, x1), (y0, y1) = ranges
     return [
@@ -396,7 +438,9 @@ def say(table: pd.DataFrame) -> str:
     )
     count = f"{len(table)} points" if len(table) > 1 else "1 point"
     on_front = f" On the front: {names}." if names else ""
-    return f"{count}, {look.label(y.name)} against {look.label(x.name)}.{on_front}"
+    beside = len(table.attrs.get("published", NONE).rows)
+    crosses = f" {beside} published values beside them, as crosses." if beside else ""
+    return f"{count}, {look.label(y.name)} against {look.label(x.name)}.{on_front}{crosses}"
 
 
 def columns(table: pd.DataFrame) -> Mapping[str, str]:

@@ -10,7 +10,7 @@ import gradio as gr
 import pandas as pd
 from markupsafe import Markup
 
-from app import first_tour, look, rows
+from app import first_tour, look, published_rows, rows
 from app.charts import pareto
 from app.context import Context, Picks
 from app.headline import headline
@@ -20,6 +20,7 @@ from app.specs import differences, reproduce
 from app.table import runs_table
 from app.views import model_of
 from app.widgets import chart_value, connect, live, plotly_chart, query, skeleton
+from jobs.kinds import RUN
 from results_db import queries
 from results_db.compare import NORMAL_95
 
@@ -49,7 +50,7 @@ def build(ctx: Context) -> None:
             return {"toast": f"{count} runs queued; the first point appears in a few seconds."}
         raise ValueError(f"this page cannot do {data.get('do')!r}")
 
-    def stamp() -> Hashable:
+    def stamp(request: gr.Request) -> Hashable:
         return ctx.store.version, tuple(progress(ctx, "").items())
 
     connect(draw, [head, above, plot, below, side, table], stamp=stamp, act=act)
@@ -63,6 +64,9 @@ def screen(ctx: Context, picks: Picks) -> Iterable[str]:
     if not len(wide):
         return empty(ctx, model), "", "", "", "", ""
     view = pareto.points(wide, picks)
+    if picks.published and len(view):
+        found = published_rows.over(ctx.store, model, view.attrs["x"], view.attrs["y"])
+        view = pareto.laid_over(view, found, picks)
     if picks.table:
         below = chart_table(view) + x_picker(view, wide, picks)
     else:
@@ -81,7 +85,7 @@ def progress(ctx: Context, model: str) -> dict[str, int]:
     """How many runs are in each state; of one model or, with "", of all."""
     counts: dict[str, int] = {}
     for view in ctx.runs.runs():
-        if not model or model_of(view) == model:
+        if view.kind == RUN and (not model or model_of(view) == model):
             counts[str(view.state)] = counts.get(str(view.state), 0) + 1
     return counts
 
@@ -147,7 +151,21 @@ def _facts(
     total, drawn = wide["run_id"].nunique(), view["run_id"].nunique()
     facts = [tag("b", so_far(counts.get("done", 0), sum(counts.values())))] if waiting else []
     facts.append(tag("span", f"{drawn} of {total} measured runs drawn"))
-    return facts + left_out(view, picks)
+    return facts + left_out(view, picks) + published_fact(view)
+
+
+def published_fact(view: pd.DataFrame) -> list[Markup]:
+    """Where the crosses come from, or why there are none."""
+    over = view.attrs.get("published")
+    if over is None:
+        return []
+    if over.why:
+        return [tag("span", over.why, class_="warn")]
+    others = len(over.sources) - 3
+    sources = "; ".join(over.sources[:3]) + (f"; {others} more" if others > 0 else "")
+    return [
+        tag("span", f"crosses: {len(over.rows)} published values, measured elsewhere ({sources})")
+    ]
 
 
 def left_out(view: pd.DataFrame, picks: Picks) -> list[Markup]:
@@ -242,6 +260,14 @@ def y_picker(view: pd.DataFrame, wide: pd.DataFrame, picks: Picks) -> Markup:
         aria_pressed=str(picks.table).lower(),
         data_set={"table": "" if picks.table else "1"},
     )
+    published = tag(
+        "button",
+        "Published values",
+        class_="tool",
+        aria_pressed=str(picks.published).lower(),
+        data_set={"published": "" if picks.published else "1", "zoom": ""},
+        title="Lay values printed in papers over the chart, as crosses",
+    )
     zoom = tag("button", "Reset zoom", class_="tool", data_set={"zoom": ""}) if picks.zoom else None
     drag = tag(
         "button",
@@ -251,7 +277,7 @@ def y_picker(view: pd.DataFrame, wide: pd.DataFrame, picks: Picks) -> Markup:
         data_set={"drag": "" if picks.drag == "select" else "select"},
         title="Drag over the chart to select runs; else dragging zooms",
     )
-    tools = tag("span", zoom, drag, table, pictures, class_="tools")
+    tools = tag("span", zoom, drag, published, table, pictures, class_="tools")
     return tag("div", axis_picker("y", view.attrs["y"], wide), tools, class_="axis-row")
 
 
@@ -290,7 +316,31 @@ def chart_table(view: pd.DataFrame) -> Markup:
         for record in rows.records(view)
     ]
     head = tag("thead", tag("tr", [tag("th", text, scope="col") for text in headings.values()]))
-    return tag("div", tag("table", head, tag("tbody", lines)), class_="scroll as-table")
+    table = tag("table", head, tag("tbody", lines))
+    return tag("div", table, published_table(view), class_="scroll as-table")
+
+
+def published_table(view: pd.DataFrame) -> Markup | None:
+    """The crosses, in a table of their own."""
+    over = view.attrs.get("published")
+    if over is None or not len(over.rows):
+        return None
+    axes = [view.attrs["x"], view.attrs["y"]]
+    lines = [
+        tag(
+            "tr",
+            tag("td", record["name"]),
+            [
+                tag("td", look.quantity(axis.name, record[at], axis.unit))
+                for at, axis in zip(("x", "y"), axes, strict=True)
+            ],
+            tag("td", record["source"]),
+        )
+        for record in rows.records(over.rows)
+    ]
+    titles = ["Published, measured elsewhere", *(axis.title for axis in axes), "Source"]
+    head = tag("thead", tag("tr", [tag("th", title, scope="col") for title in titles]))
+    return tag("table", head, tag("tbody", lines))
 
 
 def _cell(record: Mapping[str, Any], name: str, axes: Mapping[str, rows.Axis]) -> str:
@@ -334,6 +384,9 @@ def legend(view: pd.DataFrame) -> Markup:
         tag("li", tag("i", class_="faded"), "faded: another recipe is better in both"),
         tag("li", tag("i", class_="whisker"), "95 % interval"),
     ]
+    if view.attrs.get("published", published_rows.NONE).sources:
+        crosses = tag("i", "×", class_="cross")
+        shapes.append(tag("li", crosses, "published, measured elsewhere"))
     return join(
         [
             tag("h2", "Nothing selected"),
@@ -357,12 +410,20 @@ def selection(ctx: Context, wide: pd.DataFrame, chosen: pd.DataFrame, picks: Pic
     base = rows.records(wide[wide["is_baseline"].astype(bool)].tail(1))
     clear = tag("button", "Clear", class_="link", data_set={"runs": ""})
     title = "1 run selected" if len(records) == 1 else f"{len(records)} runs side by side"
-    parts = [tag("div", tag("h2", title), clear, class_="between")]
+    links = tag("span", chat_link(records), " ", clear)
+    parts = [tag("div", tag("h2", title), links, class_="between")]
     parts.append(side_table(records, specs, wide, base[0] if base else None))
     parts += [_actions(record, text) for record, text in zip(records, specs, strict=True)]
     if len(picks.runs) > SIDE_BY_SIDE:
         parts.append(tag("p", f"The first {SIDE_BY_SIDE} of {len(picks.runs)} are shown."))
     return join(parts)
+
+
+def chat_link(records: Sequence[Mapping[str, Any]]) -> Markup | None:
+    """To the selected runs side by side, those that are finished."""
+    done = [record["run_id"] for record in records if record["state"] == "done"]
+    where = f"/chat?runs={'~'.join(done)}"
+    return tag("a", "Chat", href=where, class_="tool", data_carry=True) if done else None
 
 
 def _spec(ctx: Context, run_id: str) -> str:

@@ -37,7 +37,7 @@ def build(ctx: Context) -> None:
     def act(data: Mapping[str, Any], request: gr.Request) -> Mapping[str, Any]:
         return perform(ctx, data, request)
 
-    connect(draw, [body], stamp=lambda: stamp(ctx), act=act)
+    connect(draw, [body], stamp=lambda request: stamp(ctx), act=act)
 
 
 def stamp(ctx: Context) -> Hashable:

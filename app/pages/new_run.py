@@ -50,7 +50,7 @@ def build(ctx: Context) -> None:
             raise ValueError(f"this page cannot do {data.get('do')!r}")
         return {"params": draft.changed(**edit(draft, data)), "replace": True}
 
-    def stamp() -> Hashable:
+    def stamp(request: gr.Request) -> Hashable:
         return tuple((view.run_id, view.state) for view in ctx.runs.runs())
 
     connect(draw, [form_part, rail], stamp=stamp, act=act, every_s=2.0)

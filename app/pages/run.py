@@ -19,8 +19,10 @@ from app.pages.jobs import actions, error_part, perform, progress, state_of
 from app.recipe_words import recipe_of
 from app.specs import defaults, differences, flat, reproduce
 from app.table import delta_cell, number_cell
-from app.views import spec_data
+from app.views import model_of, spec_data
 from app.widgets import chart_value, connect, live, plotly_chart, query, skeleton
+from jobs.events import State
+from jobs.kinds import RUN
 from jobs.queue import RunView
 from results_db import queries
 
@@ -42,7 +44,7 @@ def build(ctx: Context) -> None:
     def act(data: Mapping[str, Any], request: gr.Request) -> Mapping[str, Any]:
         return perform(ctx, data, request)
 
-    def stamp() -> Hashable:
+    def stamp(request: gr.Request) -> Hashable:
         moving = [(v.run_id, v.state, v.fraction) for v in ctx.runs.runs() if not v.state.ended]
         return ctx.store.version, tuple(moving)
 
@@ -59,6 +61,8 @@ def screen(ctx: Context, picks: Picks) -> Sequence[str]:
     spec_text = str(stored["spec"].iloc[0]) if len(stored) else spec_of(view)
     heat = layers.rows(ctx.store, picks)
     chart = chart_value(layers.draw(heat), layers.say(heat)) if len(heat) else ""
+    if view.kind != RUN:
+        return job_header(ctx, view), "", "", conditions(ctx, view, stored, spec_text, picks)
     return (
         header(ctx, view, spec_text),
         layer_head(heat),
@@ -97,7 +101,7 @@ def header(ctx: Context, view: RunView, spec_text: str) -> Markup:
         not recipe.target,
     )
     title = tag("h1", dot, " ", tag("span", recipe.name), tag("small", f"on {model}"))
-    state = tag("div", state_of(view), actions(view), class_="row")
+    state = tag("div", state_of(view), actions(view), chat_link(view), class_="row")
     going = tag("div", progress(view), class_="job-progress") if not view.state.ended else None
     return join(
         [
@@ -110,6 +114,22 @@ def header(ctx: Context, view: RunView, spec_text: str) -> Markup:
             copy_line(reproduce(spec_text)),
         ]
     )
+
+
+def chat_link(view: RunView) -> Markup | None:
+    """To this run beside its 16-bit model."""
+    if view.state is not State.DONE:
+        return None
+    return tag("a", "Chat", href=f"/chat?runs={view.run_id}", class_="button", data_carry=True)
+
+
+def job_header(ctx: Context, view: RunView) -> Markup:
+    """Of a job that measures no model: what it does, and how far it is."""
+    title = tag("h1", tag("span", view.recipe), tag("small", f"on {model_of(view)}"))
+    state = tag("div", state_of(view), actions(view), class_="row")
+    going = tag("div", progress(view), class_="job-progress") if not view.state.ended else None
+    top = tag("div", title, state, class_="between wrap")
+    return join([top, going, error_part(view.error), notes_box(ctx, view.run_id)])
 
 
 def numbers(ctx: Context, view: RunView, model: str) -> Markup:

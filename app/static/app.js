@@ -371,7 +371,7 @@
   function help() {
     let box = document.getElementById('qa-help');
     if (!box) {
-      const rows = [...pageKeys().map((k) => [k.shown || k.key, k.words]), ...(qa.pages || []).filter((p) => p.key).map((p) => [`g ${p.key}`, p.title]),
+      const rows = [...pageKeys().filter((k) => !k.again).map((k) => [k.shown || k.key, k.words]), ...(qa.pages || []).filter((p) => p.key).map((p) => [`g ${p.key}`, p.title]),
         ['/', 'Search'], ['t', 'Theme'], ['Esc', 'Clear the selection'], ['?', 'This list'],
         ['Click', 'Select a point or row'], ['Shift-click', 'Add to the selection'], ['Double-click', 'Reset the zoom']];
       box = el('dialog', { id: 'qa-help', 'aria-labelledby': 'qa-help-title' }, el('h2', { id: 'qa-help-title' }, 'Keys'),

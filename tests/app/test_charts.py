@@ -10,6 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 import seeded
+import seeded_votes
 
 from app import charts, look, pages, rows, table
 from app.charts import pareto
@@ -26,6 +27,7 @@ def store(tmp_path_factory) -> Iterator[Store]:
     home = tmp_path_factory.mktemp("seeded")
     seeded.fill(home)
     store = seeded.store_of(home)
+    seeded_votes.cast(home, store)
     yield store
     store.close()
 

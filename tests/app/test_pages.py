@@ -19,7 +19,7 @@ import uvicorn
 from gradio_client import Client
 
 from app import first_tour, pages, server, status
-from app.context import Context, Picks
+from app.context import TOKEN_NAME, Context, Picks
 from app.draft import Draft
 from app.pages import compare, jobs, new_run, run
 from app.specs import defaults, differences, flat, reproduce
@@ -62,7 +62,14 @@ def request(**query: str) -> Any:
 
 def test_pages_are_found_ordered_and_complete():
     found = pages.find()
-    assert [p.title for p in found if p.in_bar] == ["Compare", "New run", "Jobs"]
+    assert [p.title for p in found if p.in_bar] == [
+        "Compare",
+        "New run",
+        "Jobs",
+        "Chat",
+        "Arena",
+        "Leaderboard",
+    ]
     assert len({p.path for p in found}) == len({p.key for p in found}) == len(found)
 
 
@@ -410,7 +417,7 @@ def test_the_token_in_the_link_becomes_a_cookie(locked):
         assert "httponly" in answer.headers["set-cookie"].lower()
         assert browser.post("/api/sql", json={"sql": "SELECT 1"}).status_code == 200
     wrong = httpx.get(locked + "/?token=guess")
-    assert "set-cookie" not in wrong.headers
+    assert TOKEN_NAME not in wrong.headers["set-cookie"]
 
 
 def test_a_program_shows_the_token_in_its_header(locked):
