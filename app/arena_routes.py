@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
-from app.context import SESSION_NAME, address_of, session_of
+from app.context import SESSION_NAME, address_of, from_elsewhere, session_of
 from jobs.arena import Arena
 from jobs.battle import BattleView, Refused
 from jobs.limits import TooMany
@@ -70,6 +70,8 @@ def handler(arena: Arena, move: Move) -> Callable[[Request], Any]:
     """One move as a route. The work is done in a thread: a vote waits for the disk."""
 
     async def handle(request: Request) -> Response:
+        if from_elsewhere(request):
+            return JSONResponse({"error": "votes are cast from this site's own pages"}, 403)
         session = session_of(request) or secrets.token_urlsafe(16)
         address = address_of(request)
         try:

@@ -95,6 +95,12 @@ def address_of(visit: Visit) -> str:
     return str(visit.client.host) if visit.client else ""
 
 
+def from_elsewhere(visit: Visit) -> bool:
+    """True if another site's page sent the request: a browser then names that site."""
+    origin = str(visit.headers.get("origin", ""))
+    return bool(origin) and urlsplit(origin).netloc != str(visit.headers.get("host", ""))
+
+
 def _from_here(visit: Visit) -> bool:
     """True if the address bar says loopback, not another site or a name that resolves to us."""
     host = urlsplit("//" + str(visit.headers.get("host", ""))).hostname

@@ -87,6 +87,17 @@ def test_what_cannot_be_is_one_sentence(app, move, body, code, says):
     assert says in reply.json()["error"]
 
 
+def test_another_site_cannot_vote_for_its_visitors(app):
+    browser = TestClient(app)
+    body = {"model": "demo"}
+    elsewhere = browser.post(
+        "/api/arena/start", json=body, headers={"origin": "https://elsewhere.example"}
+    )
+    assert elsewhere.status_code == 403
+    here = browser.post("/api/arena/start", json=body, headers={"origin": "http://testserver"})
+    assert here.status_code == 200
+
+
 def test_limits_say_when_to_come_again(app, scene):
     browser = TestClient(app)
     replies = []
