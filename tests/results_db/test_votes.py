@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from results_db import votes as votes_module
 from results_db.store import Store, StoreError
 from results_db.style import style_of
+from results_db.variants import shown, variant_id
 from results_db.vote_log import check
 from results_db.vote_rows import copy_file, difference
 from results_db.votes import (
@@ -33,8 +34,6 @@ from results_db.votes import (
     VoteTable,
     hashed,
     home_key,
-    shown,
-    variant_id,
 )
 
 ROOT = Path(__file__).parents[2]
