@@ -141,6 +141,7 @@ LABELS = {  # in the order of columns and pickers
     "mbu": "Bandwidth use",
     "weight_sqnr": "Weight SQNR",
     "output_sqnr": "Output SQNR",
+    "awq_loss": "AWQ search loss / plain",
 }
 SHORT = {
     "mean_kld": "Mean KLD",

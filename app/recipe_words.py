@@ -10,12 +10,27 @@ from typing import Any
 
 from backend.formats import FORMATS
 from backend.methods import METHODS
-from backend.recipes import parse, presets, render
+from backend.recipes import DEFAULT_FORMAT, parse, presets, render
 from backend.registry import Part
 
 Step = Mapping[str, Any]  # one step as JSON
 
-NAMES = {"rtn": "RTN", "gptq": "GPTQ", "awq": "AWQ", "smoothquant": "SmoothQuant"}
+NAMES = {
+    "rtn": "RTN",
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "smoothquant": "SmoothQuant",
+    "hqq": "HQQ",
+    "llm_int8": "LLM.int8()",
+    "bnb_int8": "LLM.int8() (bitsandbytes)",
+    "sdr": "SDR",
+    "bcq": "BCQ",
+    "nf4": "NF4",
+    "fp4": "FP4",
+    "fp8_e4m3": "E4M3",
+    "fp8_e5m2": "E5M2",
+    "fp4_e2m1": "E2M1",
+}
 WORDS = {
     "act_order": "act order",
     "static_groups": "static groups",
@@ -23,10 +38,21 @@ WORDS = {
     "symmetric": "sym",
     "mse": "MSE clip",
     "per_tensor": "per tensor",
+    "double_quant": "double quant",
 }
+VARIETIES = ("type", "table")  # which number format of its kind: told always, by value alone
 # Left out of short names: they seldom tell two recipes of one chart apart.
 QUIET_KNOBS = frozenset(
-    {"scale_dtype", "live_damping", "fresh_groups", "convention", "act_order", "static_groups"}
+    {
+        "scale_dtype",
+        "live_damping",
+        "fresh_groups",
+        "convention",
+        "act_order",
+        "static_groups",
+        "chosen_by",
+        "solver",
+    }
 )
 
 
@@ -91,12 +117,21 @@ def _family(kind: str) -> str:
 
 
 def _bits(steps: Sequence[Step], target: str) -> str:
-    found = [
-        step["format"]["bits"]
-        for step in steps
-        if target in _targets(step) and "bits" in (step.get("format") or {})
-    ]
+    found = [bits for step in steps if target in _targets(step) and (bits := _code_bits(step))]
     return f"{found[-1]:g}" if found else "16"
+
+
+def _code_bits(step: Step) -> float | None:
+    """Bits of a code: a knob of the step's format or of the step itself, or the format's own."""
+    grid = step.get("format") or step
+    if "bits" in grid or grid is step:
+        method = METHODS.load().get(step["kind"])
+        bits: float | None = grid.get("bits", method and method.fixed_bits)
+        return bits
+    try:
+        return FORMATS.build(grid).code_bits()
+    except ValueError:  # a format of another version
+        return None
 
 
 def _text(steps: Sequence[Step]) -> str:
@@ -110,13 +145,14 @@ def told(step: Step) -> dict[str, Any]:
     """A step without the knobs that stand at their defaults; bits and group are always told."""
     defaults = METHODS.build({"kind": step["kind"]}).data()
     grid = step.get("format")
-    kept = {k: v for k, v in step.items() if k == "kind" or (k != "format" and v != defaults[k])}
+    always = ("kind", "bits") + (("group",) if step.get("group") else ())
+    kept = {k: v for k, v in step.items() if k in always or (k != "format" and v != defaults[k])}
     return kept | ({"format": _told_format(grid)} if grid else {})
 
 
 def _told_format(grid: Step) -> dict[str, Any]:
     defaults = FORMATS.build({"kind": grid["kind"]}).data()
-    always = ("kind", "bits") + (("group",) if grid.get("group") else ())
+    always = ("kind", "bits", *VARIETIES) + (("group",) if grid.get("group") else ())
     return {k: v for k, v in grid.items() if k in always or v != defaults.get(k)}
 
 
@@ -140,9 +176,22 @@ def _knob_words(step: Step, quiet: frozenset[str]) -> list[str]:
     except (ValueError, KeyError):  # written by another version: say only what is plain
         return []
     grid = kept.pop("format", {})
-    group = [f"g{grid['group']}"] if grid.get("group") else []
-    skip = quiet | {"kind", "bits", "group"}
-    return group + [_knob(n, v) for n, v in {**grid, **kept}.items() if n not in skip]
+    size = grid.get("group") or step.get("group")
+    group = [f"g{size}"] if size else []
+    skip = quiet | {"kind", "bits", "group", *VARIETIES}
+    return (
+        _grid_words(grid)
+        + group
+        + [_knob(n, v) for n, v in {**grid, **kept}.items() if n not in skip]
+    )
+
+
+def _grid_words(grid: Step) -> list[str]:
+    """What the grid is called: nothing for plain integers, the variety or else the kind."""
+    if not grid or grid["kind"] == DEFAULT_FORMAT:
+        return []
+    names = [str(grid[name]) for name in VARIETIES if name in grid] or [grid["kind"]]
+    return [NAMES.get(name, name.replace("_", " ")) for name in names]
 
 
 def _knob(name: str, value: Any) -> str:

@@ -447,7 +447,7 @@ def gather(
     def note_of(name: str) -> Callable[[str], None]:
         return lambda text: listener.note(block.index, name, text)
 
-    if not needs or stream is None:
+    if not needs or not wave or stream is None:
         return {name: LayerStats({}, note_of(name)) for name in wave}
     gathered = Gathering(block, needs)
     for hidden, arguments in stream.batches(block.index):

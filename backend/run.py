@@ -16,7 +16,7 @@ from backend.model import loading
 from backend.model.checkpoint import Checkpoint
 from backend.model.families import Block, blocks_of
 from backend.model.identity import find_model
-from backend.model.quant_linear import QuantLinear
+from backend.model.quant_linear import LinearLike, QuantLinear
 from backend.pipeline import Cancelled
 from backend.spec import RunSpec, Storage
 
@@ -173,12 +173,9 @@ class Run:
         return 1 << (max(1, min(room, LARGEST_BATCH)).bit_length() - 1)
 
     def rows_independent(self) -> bool:
-        """False if one dynamic scale covers a whole input, so that batching changes results."""
+        """False if what rounds a token depends on the others, so that batching changes results."""
         return not any(
-            isinstance(module, QuantLinear)
-            and module.act is not None
-            and module.act_params is None
-            and module.act.granularity == "tensor"
+            isinstance(module, LinearLike) and module.mixes_rows()
             for module in self.model.modules()
         )
 

@@ -63,6 +63,15 @@ class Format(Part):
         """Static activation parameters from calibration statistics."""
         raise ValueError(f"{self.kind} has no static activation scales; use dynamic ones")
 
+    def why_not_static(self) -> str:
+        """Why `calibrate` has no static activation parameters to give, "" where it has."""
+        if not self.group:
+            return ""
+        return (
+            f"static takes one scale per linear, not per {self.group} channels; set group=0 or "
+            "static=false"
+        )
+
     def param_bits(self, params: Params) -> dict[str, float]:
         """Parameters of a whole matrix -> bits stored for "scales" and "zeros" (totals)."""
         bits = {"scales": 0.0, "zeros": 0.0}
@@ -70,6 +79,14 @@ class Format(Part):
             part = "zeros" if name.startswith("zero") else "scales"
             bits[part] += value.numel() * value.element_size() * 8
         return bits
+
+    def stack(self, fitted: list[Params]) -> Params:
+        """Parameters of each group, as `fit` gave them -> of the whole matrix, as stored."""
+        return stack_groups(fitted)
+
+    def params_of(self, params: Params, index: int) -> Params:
+        """Parameters of the whole matrix, fitted or from `prepare` -> those of one group."""
+        return group_params(params, index)
 
     def groups(self, k: int) -> list[tuple[int, int]]:
         """[(start, stop), ...] of the groups of k columns; a short last group is allowed."""
@@ -81,16 +98,25 @@ class Format(Part):
         w = w.float()
         base = self.prepare(w)
         codes, fitted = [], []
-        for start, stop in self.groups(w.shape[1]):
+        for index, (start, stop) in enumerate(self.groups(w.shape[1])):
             weight = importance[..., start:stop] if importance is not None else None
-            p = self.fit(w[:, start:stop], base, weight)
+            p = self.fit(w[:, start:stop], self.params_of(base, index), weight)
             codes.append(self.encode(w[:, start:stop], p))
             fitted.append(p)
-        return QTensor(torch.cat(codes, 1), stack_groups(fitted), self)
+        return QTensor(torch.cat(codes, 1), self.stack(fitted), self)
 
     def fake(self, x: Tensor) -> Tensor:
         """Round x [..., K] to the grid and back, same shape and dtype."""
         return self.quantize(x.reshape(-1, x.shape[-1])).dequantize().view(x.shape).to(x.dtype)
+
+    def fake_static(self, x: Tensor, params: Params) -> Tensor:
+        """Round x [..., K] with what `calibrate` gave, [1, G] each, same shape and dtype."""
+        rows = x.reshape(-1, x.shape[-1]).float()  # [M, K]
+        parts = []
+        for index, (start, stop) in enumerate(self.groups(rows.shape[1])):
+            p = self.params_of(params, index)
+            parts.append(self.decode(self.encode(rows[:, start:stop], p), p))
+        return torch.cat(parts, 1).view(x.shape).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -130,7 +156,7 @@ class QTensor:
         groups = self.group_of_column()
         regular = self.column_group is None
         for index, (start, stop) in enumerate(self.format.groups(w.shape[1])):
-            p = group_params(self.params, index)
+            p = self.format.params_of(self.params, index)
             if regular:
                 w[:, start:stop] = self.format.decode(self.codes[:, start:stop], p)
                 continue

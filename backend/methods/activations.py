@@ -53,11 +53,8 @@ class Activations(Method):
 
     @model_validator(mode="after")
     def _static_has_one_scale(self) -> Self:
-        if self.static and self.format.group:
-            raise ValueError(
-                f"activations: static takes one scale per linear, not per {self.format.group} "
-                "channels; set group=0 or static=false"
-            )
+        if self.static and (reason := self.format.why_not_static()):
+            raise ValueError(f"activations: {reason}")
         return self
 
     def wanted(self) -> tuple[type[Stat], ...]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from backend.formats import FormatField
 from backend.metrics.base import Measurement
 from backend.model.stats import LayerStats, Stat
 from backend.registry import Part
@@ -78,6 +77,7 @@ class Method(Part):
     prefix: ClassVar[Literal["quantized", "original"]] = "quantized"  # whose outputs feed the stats
     exact: ClassVar[bool] = False  # True: rewrites the block, changes no output
     family: ClassVar[str] = ""  # colour on charts; "" is the kind itself
+    fixed_bits: ClassVar[float | None] = None  # of a code, where no knob and no format says
 
     def waves(self, block: Block) -> list[list[str]]:
         """Names of linears, wave by wave; later waves see the earlier ones already rewritten."""
@@ -96,9 +96,10 @@ class Method(Part):
 
 
 class LinearMethod(Method):
-    """Each linear on its own: `quantize` one, the base class does the block."""
+    """Each linear on its own: `quantize` one, the base class does the block.
 
-    format: FormatField
+    Most have a `format`; where grid and algorithm are one thing, the knobs are the method's own.
+    """
 
     def apply(self, block: Block, seen: Seen) -> None:
         for done, (name, stats) in enumerate(seen.stats.items()):

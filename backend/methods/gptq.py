@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from backend.formats import Format, FormatField, QTensor
-from backend.formats.base import Params, stack_groups
+from backend.formats.base import Params
 from backend.formats.int_group import IntGroup
 from backend.methods import METHODS
 from backend.methods.base import LinearMethod, Target, names_in
@@ -90,7 +90,7 @@ class GPTQ(LinearMethod):
     def solve(self, w: Tensor, h: Tensor, stats: LayerStats) -> QTensor | None:
         """w [N, K], h [K, K] -> rounded weights; None where no damping makes h invertible."""
         base = self.format.prepare(w)
-        whole = {0: self.format.fit(w, base)} if not self.format.group else {}
+        whole = {} if self.format.group else self.fit_all(w, base)
         w, h = w.clone(), h.clone()
         if dead := revive(w, h, self.live_damping):
             stats.note(f"{dead} of {w.shape[1]} inputs were always 0; their weights became 0")
@@ -130,7 +130,10 @@ class GPTQ(LinearMethod):
     def fit_all(self, w: Tensor, base: Params) -> dict[int, Params]:
         """w [N, K] in its own order -> parameters of every group."""
         groups = enumerate(self.format.groups(w.shape[1]))
-        return {i: self.format.fit(w[:, start:stop], base) for i, (start, stop) in groups}
+        return {
+            i: self.format.fit(w[:, start:stop], self.format.params_of(base, i))
+            for i, (start, stop) in groups
+        }
 
     def assemble(
         self, codes: Tensor, fitted: dict[int, Params], order: Tensor, place: list[int]
@@ -141,7 +144,7 @@ class GPTQ(LinearMethod):
         if self.act_order and len(fitted) > 1 and not self.static_groups:
             group = torch.tensor(place, device=order.device) // self.format.group
             index = group[back].to(torch.int32)
-        params = stack_groups([fitted[i] for i in range(len(fitted))])
+        params = self.format.stack([fitted[i] for i in range(len(fitted))])
         return QTensor(codes[:, back], params, self.format, column_group=index)
 
 
@@ -205,7 +208,7 @@ def sweep(
                 span = rows[c : c + step]  # [g, N]
                 if fresh:
                     span = span - factor[start:c, c : c + step].T @ errors[start:c]
-                fitted[group] = fmt.fit(span.T, base)
+                fitted[group] = fmt.fit(span.T, fmt.params_of(base, group))
             column = torch.addmv(rows[c], errors[start:c].T, factor[start:c, c], alpha=-1)  # [N]
             codes[c : c + 1] = fmt.encode(column[:, None], fitted[group], at).T
             value = fmt.decode(codes[c : c + 1].T, fitted[group], at)[:, 0]

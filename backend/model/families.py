@@ -25,6 +25,18 @@ class NormFeed:
 
 
 @dataclass(frozen=True)
+class LinearFeed:
+    """Two linears, the input of `reader` being linear in the last output rows of `source`.
+
+    Scaling such a row scales its input channel; where a value row is read by several query heads,
+    all their channels.
+    """
+
+    source: str
+    reader: str
+
+
+@dataclass(frozen=True)
 class Family:
     """Where things are in one model type. Paths are dotted, from the model or from the block."""
 
@@ -35,6 +47,7 @@ class Family:
     waves: tuple[tuple[str, ...], ...]  # linears in the order in which a block computes them
     norm_offset: float = 0.0  # the norm multiplies by offset + weight (Gemma: 1)
     why_no_feeds: str = ""  # the reason where norm_feeds is empty
+    linear_feeds: tuple[LinearFeed, ...] = ()  # rows of one linear can carry a scale of the next
 
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -45,6 +58,10 @@ LLAMA = Family(
     head="lm_head",
     norm_feeds=(NormFeed("input_layernorm", QKV), NormFeed("post_attention_layernorm", GATE_UP)),
     waves=(QKV, ("self_attn.o_proj",), GATE_UP, ("mlp.down_proj",)),
+    linear_feeds=(
+        LinearFeed("self_attn.v_proj", "self_attn.o_proj"),
+        LinearFeed("mlp.up_proj", "mlp.down_proj"),
+    ),
 )
 GEMMA = replace(LLAMA, norm_offset=1.0)
 # Gemma 2 and 3 normalise the outputs of attention and MLP too; those norms feed the residual.
@@ -69,6 +86,7 @@ PHI3 = replace(
         ("mlp.gate_up_proj",),
         ("mlp.down_proj",),
     ),
+    linear_feeds=(LinearFeed("mlp.gate_up_proj", "mlp.down_proj"),),
 )
 OPT = Family(
     layers="model.decoder.layers",
@@ -76,6 +94,7 @@ OPT = Family(
     head="lm_head",
     norm_feeds=(NormFeed("self_attn_layer_norm", QKV), NormFeed("final_layer_norm", ("fc1",))),
     waves=(QKV, ("self_attn.out_proj",), ("fc1",), ("fc2",)),
+    linear_feeds=(LinearFeed("self_attn.v_proj", "self_attn.out_proj"), LinearFeed("fc1", "fc2")),
 )
 GPT_NEOX = Family(
     layers="gpt_neox.layers",
@@ -139,7 +158,10 @@ def attribute(config: Any, key: str, other: Any = None) -> Any:
 
 
 def narrowed(family: Family, get: Any) -> Family:
-    """The family without norm feeds where this config's norms cannot carry a scale."""
+    """The family without the feeds that cannot carry a scale in this config."""
+    if (get("activation_function") or "relu") != "relu":  # OPT's kin with GELU: not homogeneous
+        feeds = tuple(feed for feed in family.linear_feeds if feed.source != "fc1")
+        family = replace(family, linear_feeds=feeds)
     if get("do_layer_norm_before", True) is False:  # OPT-350m
         reason = "its norms stand after attention and MLP and feed the residual (post-norm)"
         return replace(family, norm_feeds=(), why_no_feeds=reason)

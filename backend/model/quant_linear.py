@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from backend.formats import FORMATS, Format, QTensor
-from backend.formats.base import Params, Sparse, group_params
+from backend.formats.base import Params, Sparse
 from kernels.base import find
 from kernels.packing import pack_bits, unpack_bits
 
@@ -37,6 +37,10 @@ class LinearLike(nn.Module):
     def bits(self) -> dict[str, float]:
         """Bits per weight: codes, scales, zeros, outliers, index."""
         raise NotImplementedError(f"{type(self).__name__} does not say how many bits it takes")
+
+    def mixes_rows(self) -> bool:
+        """True if what one token gives depends on the other tokens of the same call."""
+        return False
 
     def resident_bytes(self) -> int:
         """Bytes of memory this linear holds as it is now."""
@@ -128,6 +132,12 @@ class QuantLinear(LinearLike):
     def bits(self) -> dict[str, float]:
         """Bits per weight of what is stored: codes, scales, zeros, outliers, index."""
         return dict(self._bits)
+
+    def mixes_rows(self) -> bool:
+        """True if one dynamic scale covers a whole input."""
+        if self.act is None or self.act_params is not None:
+            return False
+        return self.act.granularity == "tensor"
 
     @property
     def packed(self) -> bool:
@@ -236,15 +246,8 @@ class QuantLinear(LinearLike):
 
 
 def rounded(x: Tensor, act: Format, params: Params | None) -> Tensor:
-    """x [..., K] rounded to `act`: per token as it comes, or with fixed `params` [1, G]."""
-    if params is None:
-        return act.fake(x)
-    rows = x.reshape(-1, x.shape[-1]).float()  # [M, K]
-    parts = []
-    for index, (start, stop) in enumerate(act.groups(rows.shape[1])):
-        p = group_params(params, index)
-        parts.append(act.decode(act.encode(rows[:, start:stop], p), p))
-    return torch.cat(parts, 1).view(x.shape).to(x.dtype)
+    """x [..., K] rounded to `act`: per token as it comes, or with fixed `params`."""
+    return act.fake(x) if params is None else act.fake_static(x, params)
 
 
 def tensors_of(q: QTensor | None) -> list[Tensor]:

@@ -75,6 +75,30 @@ class TokenSample(Stat):
             self.rows = torch.cat([self.rows, fresh])
 
 
+class SpreadSample(Stat):
+    """Input rows spread evenly over all that came: `limit` of them, or up to twice that.
+
+    Every `stride`-th row is kept; the stride doubles whenever more than 2 limit are held.
+    """
+
+    limit = 512
+
+    def __init__(self, k: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(k, device)
+        self.rows = torch.empty(0, k, device=self.device)
+        self.stride = 1
+        self.tokens = 0
+
+    def update(self, x: Tensor) -> None:
+        rows = x.reshape(-1, self.k)
+        fresh = rows[-self.tokens % self.stride :: self.stride].float().to(self.device)
+        self.tokens += len(rows)
+        self.rows = torch.cat([self.rows, fresh])
+        while len(self.rows) >= 2 * self.limit:
+            self.rows = self.rows[::2].clone()
+            self.stride *= 2
+
+
 S = TypeVar("S", bound=Stat)
 
 

@@ -43,8 +43,8 @@ def matrix(n: int = 24, k: int = 70, seed: int = 0) -> Tensor:
 def groups_of(fmt: Format, w: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Each group of w and its fitted parameters."""
     base = fmt.prepare(w)
-    for start, stop in fmt.groups(w.shape[1]):
-        yield w[:, start:stop], fmt.fit(w[:, start:stop], base)
+    for index, (start, stop) in enumerate(fmt.groups(w.shape[1])):
+        yield w[:, start:stop], fmt.fit(w[:, start:stop], fmt.params_of(base, index))
 
 
 def test_variants_reach_every_knob_of_int():
