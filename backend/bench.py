@@ -18,6 +18,10 @@ from kernels.timing import interleaved
 SIDE, TOKENS, ROUNDS = 2048, 2048, 5  # one square layer of a model of about 1.5 billion parameters
 SOLVERS: Mapping[str, dict[str, Any]] = {
     "gptq": {"kind": "gptq", "format": {"kind": "int", "bits": 4, "group": 128}},
+    "bcq": {
+        "kind": "rtn",
+        "format": {"kind": "bcq", "bits": 4, "group": 128, "rounds": 15},
+    },
 }
 
 
