@@ -157,6 +157,8 @@ def nobody(why: str) -> Markup:
 def welcome(ctx: Context, model: str, params: Mapping[str, str], lost: str) -> Markup:
     """What this is, and two ways to begin."""
     arena = engine(ctx)
+    if ctx.chat is not None:
+        ctx.chat.open()  # its imports take the seconds until somebody has read this
     return tag(
         "div",
         tag("p", lost, class_="hint") if lost else None,
