@@ -303,6 +303,8 @@
       el('a', { href: '/', class: 'brand', 'data-carry': true }, el('span', { class: 'logo', 'aria-hidden': 'true' }), 'QuantArena'), nav, right));
     const strip = el('a', { class: 'strip', href: '/jobs', hidden: true, 'data-carry': true });
     document.body.prepend(el('a', { class: 'skip', href: '#content' }, 'Skip to content'), bar, strip);
+    const current = nav.querySelector('[aria-current]');
+    if (current) nav.scrollLeft = current.offsetLeft - nav.offsetLeft - nav.clientWidth / 2;
     document.body.append(el('div', { class: 'toasts', role: 'status', 'aria-live': 'polite' }), el('div', { class: 'unseen', id: 'qa-announce', 'aria-live': 'polite' }));
     applyTheme(); carryOver(); saidBefore(); status();
   }
