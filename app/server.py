@@ -7,7 +7,6 @@ import logging
 import os
 import secrets
 import socket
-import tempfile
 import threading
 import warnings
 from collections.abc import Awaitable, Callable, Sequence
@@ -24,7 +23,7 @@ from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Stre
 from fastapi.staticfiles import StaticFiles
 from markupsafe import Markup
 
-from app import api, arena_routes, leaderboard_routes, pages, rows, status
+from app import api, arena_routes, downloads, leaderboard_routes, pages, rows, status
 from app.context import LOOPBACK, SESSION_NAME, TOKEN_NAME, Context, Picks, session_of
 from app.markup import tag
 from jobs import devices
@@ -45,11 +44,6 @@ log = logging.getLogger(__name__)
 STATIC = Path(__file__).parent / "static"
 PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 YEAR_S = 31_536_000
-WRITERS: dict[str, Callable[[Any, Path], Any]] = {
-    "csv": lambda frame, file: frame.to_csv(file, index=False),
-    "parquet": lambda frame, file: frame.to_parquet(file, index=False),
-    "json": lambda frame, file: frame.to_json(file, orient="records", date_format="iso", indent=1),
-}
 
 
 def build(ctx: Context) -> gr.Blocks:
@@ -153,8 +147,8 @@ def add_routes(app: FastAPI, ctx: Context) -> None:
 
     @app.get("/download/runs.{kind}")
     def download(kind: str, request: Request) -> Response:
-        if kind not in WRITERS:
-            return refusal(f"there is no format {kind!r}; there are {', '.join(WRITERS)}", 404)
+        if kind not in downloads.WRITERS:
+            return downloads.unknown(kind)
         return table_file(ctx.store, Picks.read(request.query_params), kind)
 
 
@@ -181,15 +175,7 @@ def table_file(store: Store, picks: Picks, kind: str) -> Response:
     known = rows.models(store)
     wide = rows.kept(rows.wide(store, picks.model or (known[0] if known else "")), picks)
     frame = with_baseline(wide, rows.measured(wide))
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / f"runs.{kind}"
-        WRITERS[kind](frame, file)
-        name = f'attachment; filename="quantarena-runs.{kind}"'
-        return Response(
-            file.read_bytes(),
-            media_type="application/octet-stream",
-            headers={"Content-Disposition": name},
-        )
+    return downloads.table(frame, "runs", kind)
 
 
 Next = Callable[[Request], Awaitable[Response]]
