@@ -113,6 +113,12 @@ def add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     run.add_argument(
         "--calibration", default="auto", metavar="NAME|FILE", help="text the methods see"
     )
+    for name, what in (
+        ("samples", "sequences the methods see"),
+        ("length", "tokens of each of them"),
+        ("seed", "which of the text's places they start at"),
+    ):
+        run.add_argument(f"--calibration-{name}", type=int, metavar="N", help=what)
     run.add_argument("--storage", choices=("simulated", "packed"), default="simulated")
     run.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1 (default: the first free one)"

@@ -125,7 +125,9 @@ def specs_of(args: argparse.Namespace) -> list[tuple[str, Any]]:
     name, _, revision = args.model.partition("@")
     model = ModelRef(id=local_path(name), revision=revision, dtype=args.dtype)
     measured = metrics_of(args)
-    calibration = Calibration(dataset=data_name(args.calibration))
+    counts = {name: getattr(args, f"calibration_{name}") for name in ("samples", "length", "seed")}
+    given = {name: count for name, count in counts.items() if count is not None}
+    calibration = Calibration(dataset=data_name(args.calibration), **given)
     if any(not text.strip() for text in args.recipe):
         raise ValueError("--recipe is empty; `quantarena recipes` lists presets")
     texts = ["baseline", *args.recipe]

@@ -10,7 +10,7 @@ from typing import Any
 from app.recipe_words import recipe_of
 from backend.methods import METHODS
 from backend.metrics import METRICS
-from backend.spec import ModelRef, RunSpec
+from backend.spec import Calibration, ModelRef, RunSpec
 
 Spec = Mapping[str, Any]  # a RunSpec as JSON
 
@@ -104,9 +104,19 @@ def reproduce(spec_text: str) -> str:
     parts += ["--storage", "packed"] if spec.get("storage") == "packed" and spec["steps"] else []
     parts += ["--dtype", model["dtype"]] if model.get("dtype", "auto") != "auto" else []
     parts += ["--seed", str(spec["seed"])] if spec.get("seed") else []
-    dataset = spec.get("calibration", {}).get("dataset", "auto")
-    parts += ["--calibration", dataset] if dataset != "auto" and spec["steps"] else []
+    parts += _calibration(spec.get("calibration", {})) if spec["steps"] else []
     return shlex.join(parts)
+
+
+def _calibration(settings: Spec) -> list[str]:
+    """The flags for the tokens that methods see, defaults left out."""
+    dataset = settings.get("dataset", "auto")
+    flags = ["--calibration", dataset] if dataset != "auto" else []
+    for name in ("samples", "length", "seed"):
+        usual = Calibration.model_fields[name].default
+        if (value := settings.get(name, usual)) != usual:
+            flags += [f"--calibration-{name}", str(value)]
+    return flags
 
 
 def _metric(data: Spec) -> str:

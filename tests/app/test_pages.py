@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import socket
 import threading
 import time
@@ -19,11 +20,14 @@ import uvicorn
 from gradio_client import Client
 
 from app import first_tour, pages, server, status
+from app.__main__ import parser
+from app.commands import specs_of
 from app.context import TOKEN_NAME, Context, Picks
 from app.draft import Draft
 from app.pages import compare, jobs, new_run, run
 from app.specs import defaults, differences, flat, reproduce
 from backend.recipes import parse
+from backend.spec import Calibration, ModelRef, RunSpec
 from jobs.events import State
 
 STATES = ["failed", "running", "queued", "cancelled"]
@@ -260,6 +264,16 @@ def test_a_reproduced_command_names_what_differs_from_the_defaults(ctx):
     assert recipe
     assert parse(recipe[1]) == view.spec.steps
     assert "perplexity(limit=" in line
+
+
+def test_a_reproduced_command_gives_the_same_calibration_back():
+    settings = Calibration(dataset="c4", samples=32, length=256, seed=7)
+    spec = RunSpec(model=ModelRef(id="demo"), steps=parse("gptq"), calibration=settings)
+    words = shlex.split(reproduce(spec.model_dump_json()))
+    ((_, baseline), (_, again)) = specs_of(parser().parse_args(words[1:]))
+    assert baseline.is_baseline
+    assert again.calibration == settings
+    assert again.steps == spec.steps
 
 
 def test_differences_skip_knobs_that_only_one_has_at_their_defaults(ctx):
