@@ -42,9 +42,10 @@ class Chosen:
         return self._recognised(VoteTable(self.store).cells(**self._where()))
 
     def battles(self, *columns: str) -> pd.DataFrame:
-        """Single votes in order of time."""
+        """Single votes in order of time, text as categories."""
         wanted = (*BATTLE, *columns)
-        return self._recognised(VoteTable(self.store).frame(columns=wanted, **self._where()))
+        table = VoteTable(self.store)
+        return self._recognised(table.frame(columns=wanted, coded=True, **self._where()))
 
     def filters(self) -> dict[str, Any]:
         """Parameters of queries on `votes`: model, category, language, kinds."""
@@ -64,7 +65,8 @@ class Chosen:
         voted = {*battles["model_a"].unique(), *battles["model_b"].unique()}
         alias = {v: ours[end] for v in voted if (end := v.rpartition("@")[2]) in ours and "@" in v}
         alias = {theirs: own for theirs, own in alias.items() if theirs != own}
-        return battles.replace({"model_a": alias, "model_b": alias}) if alias else battles
+        sides = ("model_a", "model_b") if alias else ()
+        return battles.assign(**{s: battles[s].map(lambda v: alias.get(v, v)) for s in sides})
 
 
 # A condition on votes `v` for the parameters of `Chosen.filters`.
@@ -107,7 +109,7 @@ class Rated:
 def rated_by(chosen: Chosen, anchor: Anchor | None, interval: str, style: bool) -> Rated:
     """Ratings from the votes chosen; with `style` from those whose answers are known."""
     battles = styled(chosen) if style else chosen.cells()
-    cells = battles.groupby(list(BATTLE)).size().rename("count").reset_index() if style else battles
+    cells = _together(battles) if style else battles
     present = {*cells["model_a"], *cells["model_b"]}
     found = estimate(
         battles,
@@ -122,6 +124,12 @@ def rated_by(chosen: Chosen, anchor: Anchor | None, interval: str, style: bool) 
     )
     table["win_rate"] = table["variant"].map(average_win_rates(cells))
     return Rated(table[list(RATED)], cells, found)
+
+
+def _together(battles: pd.DataFrame) -> pd.DataFrame:
+    """Single votes as `Chosen.cells` has them."""
+    counted = battles.groupby(list(BATTLE), observed=True).size().rename("count").reset_index()
+    return counted.astype(dict.fromkeys(BATTLE, "str"))
 
 
 def styled(chosen: Chosen) -> pd.DataFrame:

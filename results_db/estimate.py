@@ -162,7 +162,8 @@ def _cells(
             raise ValueError("Weighting by propensity takes one above 0 and up to 1 in every vote.")
         weight = 1 / drawn
     if control is not None:
-        features = differences(battles.iloc[rows.at], control)
+        whole = len(rows.at) == len(battles)  # then in their order: a copy of a million rows less
+        features = differences(battles if whole else battles.iloc[rows.at], control)
     cells = cells_of(rows, weight, features)
     return balanced_pairs(cells) if reweight == "pairs" else cells
 

@@ -154,9 +154,14 @@ def _logits(cells: Cells, theta: Floats) -> Floats:
 
 def _sum(cells: Cells, values: Floats) -> Floats:
     """Sum of values * x over the cells. [M + F]"""
+    return np.concatenate([_sum_of_models(cells, values), cells.features @ values])
+
+
+def _sum_of_models(cells: Cells, values: Floats) -> Floats:
+    """The part of `_sum` that belongs to the strengths. [M]"""
     m = len(cells.models)
-    models = sums(cells.first, values, m) - sums(cells.second, values, m)
-    return np.concatenate([models, cells.features @ values])
+    met = sums(cells.pair(), values, m * m).reshape(m, m)
+    return met.sum(1) - met.sum(0)
 
 
 def _outer(cells: Cells, values: Floats) -> Floats:
@@ -166,8 +171,10 @@ def _outer(cells: Cells, values: Floats) -> Floats:
     met = met + met.T
     total = np.empty((m + f, m + f))
     total[:m, :m] = np.diag(met.sum(1)) - met
-    for at, feature in enumerate(cells.features):
-        total[:, m + at] = total[m + at] = _sum(cells, values * feature)
+    scaled = cells.features * values  # [F, C]
+    for at, feature in enumerate(scaled, start=m):
+        total[:m, at] = total[at, :m] = _sum_of_models(cells, feature)
+    total[m:, m:] = scaled @ cells.features.T
     return total
 
 

@@ -100,6 +100,55 @@ def variants(store: Store, model: str) -> pd.DataFrame:
     return store.frame(sql, model=model)
 
 
+# Of one job: every prompt with the variants that answered it, the least like 16 bits first.
+OF_JOB = """
+    WITH answered AS (
+        SELECT * FROM mined WHERE job_id = $job_id AND ($run = '' OR run_id = $run)
+               AND contains(lower(prompt || ' ' || coalesce(category, '') || ' ' || prompt_id),
+                            lower($search))
+    ), ranked AS (
+        SELECT prompt_id, any_value(prompt) AS prompt, any_value(category) AS category,
+               any_value(language) AS language, max(kld) AS divergence,
+               min(departs) FILTER (NOT identical) AS departs,
+               avg(identical::INT) AS identical, count(*) AS variants
+        FROM answered GROUP BY prompt_id
+    ), page AS (
+        SELECT *, row_number() OVER (ORDER BY divergence DESC NULLS LAST, departs, prompt_id)
+                  AS place, count(*) OVER () AS total
+        FROM ranked QUALIFY place BETWEEN $first AND $last
+    )
+    SELECT p.*, a.run_id, a.kld, a.departs AS parts_at, a.tokens, a.identical AS same,
+           a.agreement, a.finish
+    FROM page p JOIN answered a USING (prompt_id)
+    ORDER BY p.place, a.kld DESC NULLS LAST, a.run_id
+"""
+
+
+def prompts_of(
+    store: Store, job_id: str, *, run: str = "", search: str = "", offset: int = 0, limit: int = 20
+) -> tuple[pd.DataFrame, int]:
+    """Some prompts of a mining job by divergence, a row per variant -> rows, prompts in all.
+
+    Columns of the prompt: place (from 1), divergence (the largest), departs (the earliest),
+    identical (share of variants); of the variant: kld, parts_at, same, tokens, agreement, finish.
+    """
+    given = {"run": run, "search": search, "first": offset + 1, "last": offset + limit}
+    rows = store.frame(OF_JOB, job_id=job_id, **given)
+    return rows.drop(columns="total"), int(rows["total"].iloc[0]) if len(rows) else 0
+
+
+def variants_of(store: Store, job_id: str) -> pd.DataFrame:
+    """Of one job, per run: prompts, share of identical answers, median place of parting, mean
+    divergence and agreement; what differs most first."""
+    sql = """
+        SELECT run_id, count(*) AS prompts, avg(identical::INT) AS identical,
+               median(departs) FILTER (NOT identical) AS departs, avg(kld) AS kld,
+               max(kld) AS kld_max, avg(agreement) AS agreement
+        FROM mined WHERE job_id = $job_id GROUP BY run_id ORDER BY kld DESC NULLS LAST, run_id
+    """
+    return store.frame(sql, job_id=job_id)
+
+
 def _like(settings: Mapping[str, float] | None) -> str:
     unknown = set(settings or ()) - set(SETTINGS)
     if unknown:

@@ -69,6 +69,19 @@ class Store:
         with self._read() as cursor:
             return cursor.execute(sql, params).df()
 
+    def coded(self, sql: str, **params: Any) -> pd.DataFrame:
+        """Like `frame`, with text as categories in their order: a million rows of few different
+        texts come three times as fast."""
+        with self._read() as cursor:
+            rows = cursor.sql(sql, params=params).to_arrow_table()
+        columns = [_dictionary(column) for column in rows.columns]
+        frame = pa.table(columns, names=rows.column_names).to_pandas()
+        words = frame.select_dtypes("category").columns
+        ordered = {
+            n: frame[n].cat.reorder_categories(sorted(frame[n].cat.categories)) for n in words
+        }
+        return frame.assign(**ordered)
+
     def query(self, sql: str, *, seconds: float = 10, rows: int = 10_000) -> pd.DataFrame:
         """The first `rows` rows of a stranger's query: one SELECT that ends within `seconds`."""
         with self._read() as cursor:
@@ -205,6 +218,11 @@ def insert(cursor: Cursor, table: str, rows: list[Row]) -> None:
 def _arrow(cursor: Cursor, table: str, rows: list[Row]) -> pa.Table:
     """Arrow, because pandas cannot tell a missing number from NaN. Typed as the table is."""
     return pa.Table.from_pylist(rows, cursor.sql(f"FROM {table} LIMIT 0").to_arrow_table().schema)
+
+
+def _dictionary(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Text as places in a list of the different texts; other columns as they are."""
+    return column.dictionary_encode() if pa.types.is_string(column.type) else column
 
 
 def _owner(table: str) -> str:

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from pandas.api.types import union_categoricals
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -62,6 +64,11 @@ class Cells:
 
     def pair(self) -> Ints:
         """One number per pair of models. [C]"""
+        return self._pair
+
+    @cached_property
+    def _pair(self) -> Ints:
+        """Asked for at every step of a fit."""
         return self.first * len(self.models) + self.second
 
 
@@ -72,7 +79,7 @@ def counted_rows(battles: pd.DataFrame, *, in_time: bool = False) -> Rows:
     sorts by `tstamp`, where there is one.
     """
     check_battles(battles)
-    code, names = pd.factorize(_text(battles, ["model_a", "model_b"]), sort=True)
+    code, names = _coded(battles["model_a"], battles["model_b"])
     a, b = code[: len(battles)], code[len(battles) :]
     winner = _winners(battles["winner"])
     count = _whole_counts(battles)
@@ -144,11 +151,17 @@ def check_battles(battles: pd.DataFrame, also: Sequence[str] = ()) -> None:
         )
 
 
-def _text(battles: pd.DataFrame, names: Sequence[str]) -> pd.Series:
-    text = pd.concat([battles[name] for name in names], ignore_index=True)
-    if text.isna().any():
+def _coded(a: pd.Series, b: pd.Series) -> tuple[Ints, pd.Index]:
+    """Both sides, one below the other, as places in the sorted list of names."""
+    if a.isna().any() or b.isna().any():
         raise ValueError("Battles without the name of a model cannot be rated.")
-    return text.astype(object) if isinstance(text.dtype, pd.CategoricalDtype) else text
+    sides = [a, b]
+    if not all(isinstance(side.dtype, pd.CategoricalDtype) for side in sides):
+        plain = [s.astype(object) if isinstance(s.dtype, pd.CategoricalDtype) else s for s in sides]
+        return pd.factorize(pd.concat(plain, ignore_index=True), sort=True)
+    both = union_categoricals(sides, sort_categories=True, ignore_order=True)
+    both = both.remove_unused_categories()
+    return both.codes.astype(np.int64), both.categories
 
 
 def _winners(winner: pd.Series) -> Ints:

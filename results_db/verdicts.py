@@ -27,6 +27,7 @@ from results_db.length_control import WinRate, win_rate
 from results_db.store import Store
 from results_db.variants import variant_names
 from results_db.vote import Vote
+from results_db.vote_table import VoteTable
 from results_db.votes import Votes
 
 SETTLED = ("empty", "identical")  # flags of verdicts that no judge was asked for
@@ -154,6 +155,70 @@ def agreement_with_people(votes: Votes, model: str = "", judge: str = "") -> Agr
     said = votes.frame(model=model, kinds=("judge",), text=True)
     said = said[said["judge"] == judge] if judge else said
     return agreement(people[people["prompt"] != ""], said)
+
+
+def reply_seconds(store: Store, model: str, judge_id: str) -> float | None:
+    """Median time of a reply from the judge of this id, else from this model; None if there was
+    none."""
+    sql = """
+        SELECT median(v.latency_s) FILTER (v.judge_id = $judge_id) AS own,
+               median(v.latency_s) AS like_it
+        FROM verdicts v JOIN runs r ON r.run_id = v.job_id
+        WHERE v.failed = '' AND v.attempts > 0 AND (v.judge_id = $judge_id OR ($model <> ''
+              AND json_extract_string(r.spec, '$.judge_model.model') = $model))
+    """
+    found = store.frame(sql, model=model, judge_id=judge_id).iloc[0]
+    times = [float(t) for t in (found["own"], found["like_it"]) if pd.notna(t)]
+    return times[0] if times else None
+
+
+def said(
+    store: Store,
+    job_id: str,
+    *,
+    search: str = "",
+    failed: bool = False,
+    offset: int = 0,
+    limit: int = 20,
+) -> tuple[pd.DataFrame, int]:
+    """Some verdicts of a job as they were given, with what was asked and answered -> rows, total.
+
+    Every word of `search` must occur in question, answers, reply or reason, whatever its case.
+    """
+    words = search.lower().split()
+    has = [f"contains(text_of_all, $word_{at})" for at in range(len(words))]
+    sql = f"""
+        WITH whole AS (
+            SELECT v.*, coalesce(a.prompt, '') AS prompt, coalesce(a.text, '') AS answer_a,
+                   coalesce(b.text, '') AS answer_b,
+                   lower(concat_ws(chr(10), v.question, v.category, v.failed, v.text, v.flags,
+                                   a.prompt, a.text, b.text)) AS text_of_all
+            FROM verdicts v
+            LEFT JOIN judged_answers a ON (a.job_id, a.run_id, a.question, a.turn)
+                                        = (v.job_id, v.run_a, v.question, v.turn)
+            LEFT JOIN judged_answers b ON (b.job_id, b.run_id, b.question, b.turn)
+                                        = (v.job_id, v.run_b, v.question, v.turn)
+            WHERE v.job_id = $job_id
+        )
+        SELECT * EXCLUDE (text_of_all), count(*) OVER () AS total FROM whole
+        WHERE {" AND ".join(["(NOT $failed OR failed <> '')", *has])}
+        ORDER BY question, turn, run_a, run_b, swapped LIMIT $limit OFFSET $offset
+    """
+    given = {f"word_{at}": word for at, word in enumerate(words)}
+    rows = store.frame(sql, job_id=job_id, failed=failed, limit=limit, offset=offset, **given)
+    named = _named(store, rows, {"run_a": "model_a", "run_b": "model_b"})
+    return named.drop(columns="total"), int(rows["total"].iloc[0]) if len(rows) else 0
+
+
+def agreement_of(store: Store, job_id: str) -> Agreement:
+    """How often a pairwise job and people say the same of a pair on a prompt."""
+    made = votes_of(store, job_id)
+    columns = ["model_a", "model_b", "winner", "prompt"]
+    judged = pd.DataFrame([[getattr(vote, n) for n in columns] for vote in made], columns=columns)
+    model = made[0].model if made else ""
+    people = VoteTable(store).frame(model=model, kinds=("human",), text=True, columns=columns)
+    asked = people["prompt"].isin(judged["prompt"]) & (people["prompt"] != "")
+    return agreement(people[asked], judged)
 
 
 def votes_of(store: Store, job_id: str) -> list[Vote]:

@@ -37,11 +37,12 @@ class VoteTable:
         exclude_judges: Sequence[str] = (),
         text: bool = False,
         columns: Sequence[str] = (),
+        coded: bool = False,
     ) -> pd.DataFrame:
         """Votes as rows by time, with `retracted`; those that ratings count, or all of them.
 
         With `text` also the prompt, both conversations and the settings; with `columns` only
-        these, which for many votes is most of the time saved.
+        these, and with `coded` text as categories, which for many votes is most of the time saved.
         """
         where, values = _where(model, kinds, category, language, counted, exclude_judges)
         hidden = ", ".join(("hash", "ends", *(() if text else ("prompt", *JSONS))))
@@ -52,7 +53,7 @@ class VoteTable:
             )
             SELECT {wanted} FROM chosen ORDER BY tstamp, seq
         """
-        rows = self._store.frame(sql, **values)
+        rows = (self._store.coded if coded else self._store.frame)(sql, **values)
         return rows.assign(**{n: rows[n].map(json.loads) for n in JSONS if n in rows})
 
     def cells(

@@ -8,11 +8,12 @@ import numpy as np
 import pandas as pd
 from scipy.special import bdtr, betaincinv, chdtrc
 
-from results_db.tally import Floats, Ints, check_battles, counted_rows, expanded
+from results_db.tally import Floats, Ints, Rows, check_battles, counted_rows, expanded
 
 CROWD = 20  # earlier votes of others on a pair, before a vote on it can be called unusual
 LOOKS = 5  # times that a voter is tested,
 HORIZON = 100  # at random within the first so many votes
+AT_ONCE = 2048  # voters tested together
 PROMPT = 10_000  # characters in which two prompts must agree to be the same
 FREQUENT = 0.9999  # quantile of how often prompts come; those above are thinned to it
 DAY = 86_400  # seconds
@@ -30,15 +31,22 @@ def anomalous_voters(battles: pd.DataFrame, *, alpha: float = 0.05, seed: int = 
     A flag is a reason to look, not a proof.
     """
     check_battles(battles, also=["judge"])
-    votes = _against_the_crowd(battles)
-    votes = votes[votes["judge"] != ""]
-    tested = votes[votes["crowd"] >= CROWD].groupby("judge")
-    rows = votes.groupby("judge").size().rename("votes").reset_index()
-    p_values = {judge: _unlike(own, judge, seed) for judge, own in tested}
-    rows["tested"] = rows["judge"].map(tested.size()).fillna(0).astype(np.int64)
-    rows["p_value"] = rows["judge"].map(p_values).astype(np.float64)
-    rows["flagged"] = rows["p_value"] <= alpha
-    return rows.sort_values(["p_value", "judge"], ignore_index=True)
+    rows = expanded(counted_rows(battles, in_time=True))
+    judge = battles["judge"].iloc[rows.at]
+    voter, known = pd.factorize(judge.where(judge.notna() & (judge != "")), sort=True)
+    names = list(known)  # twenty thousand times one of a list costs less than of an index
+    crowd, chances = _against_the_crowd(rows, voter)
+    tested = (voter >= 0) & (crowd >= CROWD)
+    found = pd.DataFrame(
+        {
+            "judge": pd.Series(names, dtype=object).infer_objects(),
+            "votes": np.bincount(voter[voter >= 0], minlength=len(names)),
+            "tested": np.bincount(voter[tested], minlength=len(names)),
+            "p_value": _unlike(voter[tested], chances[tested], names, seed),
+        }
+    )
+    found["flagged"] = found["p_value"] <= alpha
+    return found.sort_values(["p_value", "judge"], ignore_index=True)
 
 
 def position_bias(
@@ -92,39 +100,51 @@ def beyond_daily(battles: pd.DataFrame, most: int) -> pd.Series:
     return pd.Series((place >= most).to_numpy(dtype=bool), index=battles.index)
 
 
-def _against_the_crowd(battles: pd.DataFrame) -> pd.DataFrame:
-    """Votes in order of time -> judge, crowd (earlier votes of others on the pair), and the
-    p-values of a vote that favours the first, or the second, model of the pair that much."""
-    rows = expanded(counted_rows(battles, in_time=True))
-    judge = battles["judge"].iloc[rows.at].fillna("").to_numpy()
+def _against_the_crowd(rows: Rows, voter: Ints) -> tuple[Ints, Floats]:
+    """Single votes in order of time, and whose they are (-1: nobody's) -> how many earlier votes
+    of others there are on the pair [votes], and the p-values of a vote that favours the first, or
+    the second, model of the pair that much [votes, 2]."""
     pair = np.minimum(rows.a, rows.b) * len(rows.models) + np.maximum(rows.a, rows.b)
     vote = (2 * np.where(rows.a > rows.b, 1 - rows.score, rows.score)).astype(np.int64)
     cast = pd.DataFrame(vote[:, None] == np.arange(3)).astype(np.int64)  # lost, tie, won
-    before = cast.groupby(pair).cumsum() - cast.groupby([pair, judge]).cumsum()
+    own = pair * (voter.max(initial=-1) + 2) + voter + 1  # a number per pair and voter
+    before = cast.groupby(pair).cumsum() - cast.groupby(own).cumsum()
     others = before.to_numpy()  # [votes, 3], of others only
     crowd = others.sum(axis=1)
     up_to = others.cumsum(axis=1)[np.arange(len(vote)), vote] if len(vote) else crowd
     alike = (others * cast.to_numpy()).sum(axis=1)
-    return pd.DataFrame(
-        {
-            "judge": judge,
-            "crowd": crowd,
-            "for_first": (1 + crowd - up_to + alike) / (1 + crowd),
-            "for_second": (1 + up_to) / (1 + crowd),
-        }
-    )
+    favour = np.stack([1 + crowd - up_to + alike, 1 + up_to], axis=1)
+    return crowd, favour / (1 + crowd)[:, None]
 
 
-def _unlike(own: pd.DataFrame, judge: Any, seed: int) -> float:
-    """Smallest p-value of one voter's tests, times their number; NaN if none came up."""
+def _unlike(voter: Ints, chances: Floats, names: Sequence[Any], seed: int) -> Floats:
+    """Smallest p-value of each voter's tests, times their number; NaN where none came up. [voters]
+
+    `voter` and `chances` are of the tested votes in order of time.
+    """
+    order = np.argsort(voter, kind="stable")
+    starts = np.searchsorted(voter[order], np.arange(len(names) + 1))
+    found = np.full(len(names), np.nan)
+    for first in range(0, len(names), AT_ONCE):
+        some = np.arange(first, min(first + AT_ONCE, len(names)))
+        looks = np.array(
+            [_looks(name, seed) for name in names[first : first + AT_ONCE]]
+        )  # [V, LOOKS]
+        tests = starts[some, None] + np.arange(HORIZON)  # [V, HORIZON]
+        real = tests < starts[some + 1, None]
+        logs = np.zeros((len(some), HORIZON, 2))
+        logs[real] = np.log(chances[order[tests[real]]])
+        sums = -2 * np.take_along_axis(logs.cumsum(axis=1), looks[..., None] - 1, axis=1)
+        p = chdtrc(2 * looks[..., None], sums).min(axis=2)  # [V, LOOKS]
+        p[~np.take_along_axis(real, looks - 1, axis=1)] = np.nan
+        found[some] = np.fmin.reduce(p, axis=1)
+    return np.minimum(found * 2 * LOOKS, 1.0)
+
+
+def _looks(judge: Any, seed: int) -> Ints:
+    """After how many votes a voter is tested: drawn for each alone, so that others change none."""
     rng = np.random.default_rng([seed, zlib.crc32(str(judge).encode())])
-    looks = 1 + rng.choice(HORIZON, LOOKS, replace=False)
-    looks = looks[looks <= len(own)]
-    if not len(looks):
-        return float("nan")
-    sums = -2 * np.log(own[["for_first", "for_second"]].to_numpy()).cumsum(axis=0)
-    smallest = chdtrc(2 * looks[:, None], sums[looks - 1]).min()
-    return min(float(smallest) * 2 * LOOKS, 1.0)
+    return 1 + rng.choice(HORIZON, LOOKS, replace=False)
 
 
 def _exact_interval(wins: Ints, n: Ints) -> tuple[Floats, Floats]:
