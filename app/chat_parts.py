@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from app import answer_text, look, token_view
-from app.chats import Attempt, Conversation, Turn
+from app.chats import Attempt, Conversation, Turn, can_go_on
 from app.markup import join, tag
 from app.sides import MOST, Variant, base_of
 from jobs.chat_types import AnswerView, PoolState, Sampling, Scores, divergence_index
@@ -417,6 +417,8 @@ def tools(attempt: Attempt, side: Variant, last: bool, versions: int) -> Markup:
         made.append(
             tag("button", "Copy", class_="tool", data_copy=text, data_key="Copy", aria_label=name)
         )
+    if last and can_go_on(view):
+        made.append(button("Continue", f"Let {side.name} go on", {"do": "extend", "run": run}))
     if view.state == "failed" or (last and view.state == "stopped" and versions == 1):
         made.append(button("Ask again", f"Ask {side.name} again", {"do": "retry", "run": run}))
     return tag("div", made, class_="tools")

@@ -233,6 +233,19 @@ class Conversation:
             change = Fork(at, text, view.pieces[at].text)
             self._start(run_id, len(self._turns) - 1, (*view.tokens[:at], token), change)
 
+    def extend(self, run_id: str) -> None:
+        """Let the side's last answer, which its length limit cut off, go on from its end.
+
+        The longer answer takes its place. Where the context is full, nothing is started.
+        """
+        with self._lock:
+            attempt = self._turns[-1].of(run_id) if self._turns else None
+            view = attempt.view if attempt else None
+            if attempt is None or view is None or not can_go_on(view):
+                raise ValueError("only a last answer that its length limit cut off can go on")
+            self._start(run_id, len(self._turns) - 1, view.tokens, attempt.fork)
+            del self._turns[-1].attempts[run_id][-2]
+
     def unfork(self, run_id: str) -> None:
         """Back to the answer that the last fork came from."""
         with self._lock:
@@ -249,6 +262,11 @@ class Conversation:
                     self._pool.score, attempt.run_id, base, attempt.messages, view.tokens
                 )
             return attempt.scores.get(base)
+
+
+def can_go_on(view: AnswerView) -> bool:
+    """True if the answer was cut off by the number of tokens it was allowed."""
+    return view.state == "done" and view.finish == "length" and bool(view.pieces)
 
 
 def checked(prompt: str, turns: int) -> str:

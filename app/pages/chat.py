@@ -282,6 +282,14 @@ def known_token(visit: Visit, run_id: str, at: int, token: int) -> str:
     return texts[token]
 
 
+def extend(visit: Visit, data: Mapping[str, Any]) -> Answered:
+    """Let an answer go on that was cut off by its length."""
+    run_id = visit.side(data)
+    visit.count()
+    visit.chat.extend(run_id)
+    return {}
+
+
 def unfork(visit: Visit, data: Mapping[str, Any]) -> Answered:
     """Back to the answer before the exchanged token."""
     visit.chat.unfork(visit.side(data))
@@ -330,6 +338,7 @@ MOVES: dict[str, Callable[[Visit, Mapping[str, Any]], Answered]] = {
     "retry": retry,
     "warm": warm,
     "fork": fork,
+    "extend": extend,
     "unfork": unfork,
     "swap": swap,
     "add": add,

@@ -231,7 +231,7 @@ def job(ctx: Context, view: RunView, wanted: Wanted) -> Markup:
         tag("span", state_of(view), class_="job-state"),
         tag(
             "span",
-            tag("a", recipe.name, href=f"/run?id={view.run_id}", data_carry=True),
+            tag("a", recipe.name, href=where(view), data_carry=True),
             tag("small", " · ".join(p for p in (model_of(view), view.label) if p)),
             class_="job-name",
         ),
@@ -249,6 +249,14 @@ def job(ctx: Context, view: RunView, wanted: Wanted) -> Markup:
         class_=f"job is-{view.state}",
         data_key=view.run_id,
     )
+
+
+PAGES = {"judge": "/judge", "mine": "/mined"}  # kinds of jobs with a page of their own
+
+
+def where(view: RunView) -> str:
+    """Address of the page that shows a job's results."""
+    return f"{PAGES.get(view.kind, '/run')}?id={quote(view.run_id)}"
 
 
 def toggle(key: str, opened: bool, name: str) -> Markup:

@@ -118,6 +118,8 @@ def head(board: Board, picks: Picks) -> Markup:
         parts.append(to_arena())
     parts.append(facts(board))
     parts.append(filters(board, picks))
+    if picks.tab != IMPORTED:
+        parts.append(to_judge(board))
     return join(parts)
 
 
@@ -126,6 +128,12 @@ def to_arena() -> Markup:
     words = "Ratings appear here once people have voted in blind battles."
     button = tag("a", "Vote in the arena", href="/arena", class_="button primary", data_carry=True)
     return tag("div", tag("p", words), button, class_="row to-arena")
+
+
+def to_judge(board: Board) -> Markup:
+    """The way to the judge's own page."""
+    words = "What judges said, and a new judge" if board.judge else "Let a language model judge"
+    return tag("p", tag("a", words, href="/judge", data_carry=True), class_="facts")
 
 
 def facts(board: Board) -> Markup | None:
