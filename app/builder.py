@@ -7,10 +7,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from app import form, look, rows
+from app import form, learn_words, look, rows, rule_editor
 from app.context import Context
 from app.draft import PRESETS, Draft, Line, check_line, check_paths, is_here, kind_of, one_sentence
 from app.form import StepDraft, Widget
+from app.learn_state import address
 from app.markup import join, search_box, tag
 from app.recipe_words import kind_name
 from backend.methods import METHODS
@@ -225,6 +226,8 @@ def step_chip(number: int, step: StepDraft) -> Markup:
 
 def step_form(number: int, step: StepDraft) -> Markup:
     """The form of one step, made from its fields."""
+    shown = step.widgets()
+    swept = len(step.values.get("layers", ())) > 1
     fields_ = [
         field_row(
             widget,
@@ -234,16 +237,39 @@ def step_form(number: int, step: StepDraft) -> Markup:
             changed=widget.path in step.values,
             sweep=True,
         )
-        for widget in step.widgets()
+        for widget in shown
+        if widget.kind != "rules"
     ]
-    about = tag("p", step.cls.summary(), class_="hint")
+    rules = [
+        tag("p", rule_editor.SEVERAL, class_="hint") if swept else rule_editor.editor(number, step)
+        for widget in shown
+        if widget.kind == "rules"
+    ]
+    known = {path: texts[0] for path, texts in step.values.items()}
+    link = tag("a", "What is this?", href=address(step.kind, known), data_carry=True)
+    about = tag("p", step.cls.summary(), " ", link, class_="hint")
     legend = tag("legend", kind_name(step.kind))
     return tag(
         "fieldset",
         legend,
         about,
+        explanation(step.kind, number),
         tag("div", fields_, class_="fields"),
+        rules,
         data_key=f"step-{number}-{step.kind}",
+    )
+
+
+def explanation(kind: str, number: int) -> Markup:
+    """Idea, formula, cost and presets of a kind, folded."""
+    names = ", ".join(learn_words.presets_of(kind))
+    return tag(
+        "details",
+        tag("summary", "Idea, formula, cost"),
+        learn_words.about(kind),
+        tag("p", tag("b", "Presets: "), names, class_="hint") if names else None,
+        class_="what-is",
+        data_key=f"what-{number}-{kind}",
     )
 
 
@@ -337,7 +363,7 @@ def preset_card(name: str, text: str, chosen: bool) -> Markup:
 
 def cost_class(text: str) -> str:
     """What a recipe asks for: nothing, a few samples, or a whole calibration pass."""
-    wanted = {stat.__name__ for step in parse(text) for stat in step.wanted()}
+    wanted = {stat.__name__ for step in parse(text) for stat in step.gathered()}
     if not wanted:
         return "no data"
     return "calibration, solver" if "Hessian" in wanted else "calibration, light"

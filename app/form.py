@@ -20,12 +20,13 @@ from pydantic.fields import FieldInfo
 
 from app.recipe_words import split_outside
 from backend.formats import FORMATS
+from backend.layer_rules import On, rule_of
 from backend.methods import METHODS
 from backend.metrics import METRICS
 from backend.recipes import DEFAULT_FORMAT, Reader, parse
 from backend.registry import Part, Registry
 
-Kind = Literal["whole", "number", "switch", "choice", "text", "list", "part"]
+Kind = Literal["whole", "number", "switch", "choice", "text", "list", "part", "rules"]
 REGISTRIES: tuple[Registry[Any], ...] = (FORMATS, METHODS, METRICS)
 
 
@@ -71,7 +72,8 @@ def widgets(cls: type[Part], values: Mapping[str, str] | None = None) -> list[Wi
 
 
 def _widgets(cls: type[Part], prefix: str, values: Mapping[str, str]) -> Iterator[Widget]:
-    for name, info in cls.model_fields.items():
+    for name in sorted(cls.model_fields, key="layers".__eq__):  # the rules last
+        info = cls.model_fields[name]
         widget = _widget(prefix + name, info)
         yield widget
         if widget.kind == "part":
@@ -114,6 +116,8 @@ def _kind(annotation: Any) -> tuple[Kind, tuple[str, ...], bool, Any]:
             return kind, choices, True, item
     if origin is Literal:
         return "choice", tuple(str(value) for value in inside), False, None
+    if inside and get_origin(inside[0]) is Annotated and get_args(inside[0])[0] is On:
+        return "rules", (), False, None
     if origin in (tuple, list):
         return "list", (), False, inside[0] if inside else str
     if isinstance(annotation, type) and issubclass(annotation, Part):
@@ -169,7 +173,7 @@ def text_of(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, Part):
-        return value.kind
+        return str(value) if isinstance(value, On) else value.kind
     if isinstance(value, tuple | list):
         return ", ".join(map(text_of, value))
     return repr(value) if isinstance(value, float) else str(value)
@@ -236,7 +240,25 @@ def _switch(widget: Widget, text: str) -> bool:
     return text == "true"
 
 
-READERS = {"whole": _whole, "number": _number, "switch": _switch}
+def read_rules(text: str) -> tuple[On, ...]:
+    """`on(modules=attn,bits=8), on(blocks=0,keep=true)` -> the rules. ValueError if one is none."""
+    rules = tuple(rule_of(data) for data in Reader(f"[{text}]").value())
+    if strange := [rule for rule in rules if not isinstance(rule, On)]:
+        raise ValueError(f"layers: a rule is on(...), not {strange[0]!r}")
+    return rules
+
+
+def rule_texts(text: str) -> list[str]:
+    """The same, each rule still as text."""
+    return [part.strip() for part in split_outside(text, ",") if part.strip()]
+
+
+READERS = {
+    "whole": _whole,
+    "number": _number,
+    "switch": _switch,
+    "rules": lambda widget, text: read_rules(text),
+}
 
 
 # ---- sweeps --------------------------------------------------------------------------------
@@ -396,6 +418,8 @@ def recipe_text(widget: Widget, text: str) -> str:
     """A field's text as a recipe writes it: words bare, other text quoted, lists in brackets."""
     if not text and widget.nullable:
         return "null"
+    if widget.kind == "rules":
+        return f"[{','.join(rule_texts(text))}]"
     if widget.kind == "list":
         parts = [part.strip() for part in text.split(",") if part.strip()]
         return f"[{','.join(_bare(part) for part in parts)}]"
@@ -415,7 +439,7 @@ def with_value(step: StepDraft, path: str, text: str) -> StepDraft:
     widget = next((w for w in step.widgets() if w.path == path), None)
     if widget is None:
         raise ValueError(f"{step.kind} has no field {path!r}")
-    one = widget.kind in ("list", "text")
+    one = widget.kind in ("list", "text", "rules")
     parts = [text] if one else spelled_out(text, ",").split(",")
     texts = [part.strip() for part in parts if part.strip()] or [""]
     for part in texts:

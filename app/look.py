@@ -141,6 +141,10 @@ LABELS = {  # in the order of columns and pickers
     "mbu": "Bandwidth use",
     "weight_sqnr": "Weight SQNR",
     "output_sqnr": "Output SQNR",
+    "weight_kurtosis_before": "Excess kurtosis of weights, before",
+    "weight_kurtosis_after": "Excess kurtosis of weights, after",
+    "input_kurtosis_before": "Excess kurtosis of inputs, before",
+    "input_kurtosis_after": "Excess kurtosis of inputs, after",
     "awq_loss": "AWQ search loss / plain",
 }
 SHORT = {

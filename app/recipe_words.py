@@ -9,7 +9,10 @@ from functools import lru_cache
 from typing import Any
 
 from backend.formats import FORMATS
+from backend.formats.gguf import TYPES as BLOCK_TYPES
+from backend.layer_rules import On
 from backend.methods import METHODS
+from backend.methods.base import Target
 from backend.recipes import DEFAULT_FORMAT, parse, presets, render
 from backend.registry import Part
 
@@ -20,9 +23,15 @@ NAMES = {
     "gptq": "GPTQ",
     "awq": "AWQ",
     "smoothquant": "SmoothQuant",
+    "spqr": "SpQR",
     "hqq": "HQQ",
+    "gguf": "GGUF",
     "llm_int8": "LLM.int8()",
     "bnb_int8": "LLM.int8() (bitsandbytes)",
+    "obq": "OBQ",
+    "sparsegpt": "SparseGPT",
+    "zeroquant": "ZeroQuant",
+    "outlier_suppression": "Outlier Suppression",
     "sdr": "SDR",
     "bcq": "BCQ",
     "nf4": "NF4",
@@ -30,6 +39,7 @@ NAMES = {
     "fp8_e4m3": "E4M3",
     "fp8_e5m2": "E5M2",
     "fp4_e2m1": "E2M1",
+    **{name: name for name in BLOCK_TYPES},
 }
 WORDS = {
     "act_order": "act order",
@@ -39,7 +49,10 @@ WORDS = {
     "mse": "MSE clip",
     "per_tensor": "per tensor",
     "double_quant": "double quant",
+    "lkd_steps": "LKD steps",
+    "lkd_rate": "LKD rate",
 }
+HALVES = {"attn": "attention", "ffn": "FFN"}
 VARIETIES = ("type", "table")  # which number format of its kind: told always, by value alone
 # Left out of short names: they seldom tell two recipes of one chart apart.
 QUIET_KNOBS = frozenset(
@@ -52,6 +65,8 @@ QUIET_KNOBS = frozenset(
         "static_groups",
         "chosen_by",
         "solver",
+        "bits_ffn",
+        "bits_a",
     }
 )
 
@@ -108,7 +123,7 @@ def _targets(step: Step) -> frozenset[str]:
     cls = METHODS.load().get(step["kind"])
     if cls is None or cls.exact:  # smoothing rewrites weights and activations, it rounds neither
         return frozenset()
-    return frozenset(cls.targets)
+    return frozenset(t for t in cls.targets if _own_bits(step, t) != 16)
 
 
 def _family(kind: str) -> str:
@@ -116,17 +131,28 @@ def _family(kind: str) -> str:
     return (cls.family if cls else "") or kind
 
 
-def _bits(steps: Sequence[Step], target: str) -> str:
-    found = [bits for step in steps if target in _targets(step) and (bits := _code_bits(step))]
+def _bits(steps: Sequence[Step], target: Target) -> str:
+    rounding = [step for step in steps if target in _targets(step)]
+    found = [bits for step in rounding if (bits := _code_bits(step, target))]
     return f"{found[-1]:g}" if found else "16"
 
 
-def _code_bits(step: Step) -> float | None:
-    """Bits of a code: a knob of the step's format or of the step itself, or the format's own."""
+def _own_bits(step: Step, target: Target) -> float | None:
+    """Bits of a code as the method says them; None where its format or a knob `bits` does."""
+    try:
+        return METHODS.build(step).code_bits(target)
+    except ValueError:  # a kind or knob of another version
+        cls = METHODS.load().get(step["kind"])
+        return cls.fixed_bits if cls else None
+
+
+def _code_bits(step: Step, target: Target) -> float | None:
+    """Bits of a code: the method's word, a knob of its format or its own, the format's own."""
+    if own := _own_bits(step, target):
+        return own
     grid = step.get("format") or step
     if "bits" in grid or grid is step:
-        method = METHODS.load().get(step["kind"])
-        bits: float | None = grid.get("bits", method and method.fixed_bits)
+        bits: float | None = grid.get("bits")
         return bits
     try:
         return FORMATS.build(grid).code_bits()
@@ -146,7 +172,9 @@ def told(step: Step) -> dict[str, Any]:
     defaults = METHODS.build({"kind": step["kind"]}).data()
     grid = step.get("format")
     always = ("kind", "bits") + (("group",) if step.get("group") else ())
-    kept = {k: v for k, v in step.items() if k in always or (k != "format" and v != defaults[k])}
+    kept = {
+        k: v for k, v in step.items() if k in always or (k != "format" and v != defaults.get(k))
+    }
     return kept | ({"format": _told_format(grid)} if grid else {})
 
 
@@ -167,7 +195,48 @@ def _name(steps: Sequence[Step], quiet: frozenset[str]) -> str:
     kinds = [kind_name(s["kind"]) for s in steps if s["kind"] != "activations"]
     code = f"W{weights}" + (f"A{acts}" if acts != "16" else "") if weights != "16" else f"A{acts}"
     knobs = [word for step in steps for word in _knob_words(step, quiet)]
-    return " ".join([*kinds, *([code] if code != "A16" else []), *dict.fromkeys(knobs)])
+    name = " ".join([*kinds, *([code] if code != "A16" else []), *dict.fromkeys(knobs)])
+    rules = [rule_words(rule) for step in steps for rule in step.get("layers") or ()]
+    return ", ".join([name, *dict.fromkeys(rules)])
+
+
+def rule_words(rule: Step) -> str:
+    """A layer rule: `attention in 8 bits`, `first and last block in 16 bits`."""
+    where = [w for w in (_blocks_words(rule["blocks"]), _linear_words(rule["modules"])) if w]
+    return f"{' '.join(where) or 'all'} {_rule_effect(rule)}"
+
+
+def _linear_words(modules: str) -> str:
+    names = [HALVES.get(name.strip(), name.strip()) for name in modules.split(",") if name.strip()]
+    return " + ".join(names)
+
+
+def _blocks_words(blocks: str) -> str:
+    spans = [span.strip() for span in blocks.split(",") if span.strip()]
+    if not spans:
+        return ""
+    if all(span in ("first", "last") for span in spans):
+        return f"{' and '.join(spans)} block"
+    return f"block{'s' * (len(spans) > 1 or '..' in spans[0])} {', '.join(spans)}"
+
+
+def _rule_effect(rule: Step) -> str:
+    """What a rule does where it holds."""
+    if rule["keep"]:
+        return "in 16 bits"
+    knobs = {k: v for k, v in rule.items() if k not in ("kind", *On.model_fields)}
+    grid = knobs.pop("format", None)
+    grid = {"kind": grid} if isinstance(grid, str) else grid or {}
+    values = {k: v for k, v in {**grid, **knobs}.items() if k != "kind"}
+    bits, size = values.pop("bits", None), values.pop("group", None)
+    varieties = [str(values.pop(name)) for name in VARIETIES if name in values]
+    words = [NAMES.get(name, name.replace("_", " ")) for name in varieties]
+    if grid and not words and grid["kind"] != DEFAULT_FORMAT:
+        words.append(kind_name(grid["kind"]))
+    words += [f"{bits:g} bits"] if bits is not None else []
+    words += [f"g{size}" if size else "no groups"] if size is not None else []
+    words += [_knob(name, value) for name, value in values.items()]
+    return f"in {' '.join(words)}" if words else "as the step stands"
 
 
 def _knob_words(step: Step, quiet: frozenset[str]) -> list[str]:
@@ -178,7 +247,7 @@ def _knob_words(step: Step, quiet: frozenset[str]) -> list[str]:
     grid = kept.pop("format", {})
     size = grid.get("group") or step.get("group")
     group = [f"g{size}"] if size else []
-    skip = quiet | {"kind", "bits", "group", *VARIETIES}
+    skip = quiet | {"kind", "bits", "group", "layers", *VARIETIES}
     return (
         _grid_words(grid)
         + group

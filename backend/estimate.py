@@ -116,7 +116,7 @@ def hessian_bytes(spec: RunSpec, shape: Shape) -> int:
     """Three [K, K] of the block's width, one of the MLP's, and two copies while one is solved."""
     from backend.model.stats import Hessian
 
-    if not any(Hessian in step.wanted() for step in spec.steps):
+    if not any(Hessian in step.gathered() for step in spec.steps):
         return 0
     return 4 * (3 * shape.width**2 + 3 * shape.inner**2)
 
@@ -152,7 +152,9 @@ def seconds(spec: RunSpec, facts: ModelFacts, shape: Shape, cuda: bool) -> tuple
     work = per_token * evaluated_tokens(spec, facts)
     if spec.needs_calibration():
         tokens = spec.calibration.samples * spec.calibration.length
-        work += 2.0 * facts.linear_parameters * tokens * CALIBRATED_PASSES
+        size = (spec.calibration.samples, spec.calibration.length)
+        passes = CALIBRATED_PASSES + sum(step.passes(*size) for step in spec.steps)
+        work += 2.0 * facts.linear_parameters * tokens * passes
     if hessian_bytes(spec, shape):
         # Column by column on small pieces: a tenth of the speed of large products.
         work += 10 * facts.linear_parameters * (2.0 * shape.width + shape.inner)

@@ -27,6 +27,7 @@ from backend.run import Run, compute_dtype
 from backend.spec import Calibration, RunSpec
 
 BLOCKS, ITEMS, EVENTS, SPEC = "blocks", "items", "events.jsonl", "spec.json"
+STATISTICS = "statistics"  # of weights and inputs, a file per block (backend/statistics.py)
 Emit = Callable[..., None]
 
 
@@ -92,6 +93,7 @@ class Stage:
             measure=lambda measured: self.report(measured, Source.of_walk(self.spec, dtype)),
             progress=self.walked,
             should_stop=self.should_stop,
+            statistics=self.folder / STATISTICS,
         )
 
     def calibration(self, tokenizer: Any, context: int) -> torch.Tensor:
@@ -110,6 +112,9 @@ class Stage:
         target.mkdir(parents=True, exist_ok=True)
         for index in range(blocks):
             link(Checkpoint(donor / BLOCKS).path(index), Checkpoint(target).path(index))
+        for kept in sorted((donor / STATISTICS).glob("*.safetensors")):
+            (self.folder / STATISTICS).mkdir(exist_ok=True)
+            link(kept, self.folder / STATISTICS / kept.name)
         for event in quantize_events(donor):
             kind = event.pop("type")
             event.pop("t", None)

@@ -17,7 +17,8 @@ from backend.metrics.base import Measurement
 from backend.model.families import Block, Family, blocks_of, family_of
 from backend.model.quant_linear import PLAIN_BITS, LinearLike
 from backend.model.stats import LayerStats, gather_layer
-from backend.pipeline import BlockWork, Listener, Stream, passing
+from backend.pipeline import BlockWork, Inputs, Listener, Stream, passing
+from backend.statistics import BlockStatistics
 
 NAME = "linear"
 ALONE = Family(layers="", embed=(), head="", norm_feeds=(), waves=((NAME,),))
@@ -65,6 +66,10 @@ def quantize_layer(
     data. The caller's tensors stay as they are.
     """
     method = built(step)
+    if method.layers:
+        raise ValueError(
+            f"{method.kind}: one linear has no layers to choose from; leave out layers"
+        )
     check_shapes(method, weight, inputs)
     block = Block(0, nn.ModuleDict({NAME: linear_of(weight)}), ALONE)
     notes: list[str] = []
@@ -86,6 +91,8 @@ def smooth(norm: nn.Module, linears: Sequence[nn.Linear], act_max: Tensor, step:
     method = built(step)
     if not isinstance(method, SmoothQuant):
         raise ValueError(f"{method.kind} takes no scale out of a norm; use smoothquant")
+    if method.search:
+        raise ValueError("smoothquant: a search needs inputs, not their extremes; give alpha alone")
     for linear in linears:
         if act_max.shape != (linear.in_features,):
             raise ValueError(
@@ -140,8 +147,10 @@ def quantize_block(
         lambda: False,
     )
     stream = Stream(inputs, [arguments] * (inner.index + 1), inputs.device, listener)
-    streams = {"quantized": stream, "original": stream}
-    BlockWork(inner, inner.index + 1, streams, listener, seed).run(methods)  # type: ignore[arg-type]
+    streams: Inputs = {"quantized": stream, "original": stream}
+    summaries = BlockStatistics(inner, None)
+    walk = BlockWork(inner, inner.index + 1, streams, listener, seed, None, summaries)
+    walk.run(methods)
     return work
 
 

@@ -10,6 +10,8 @@ Measured on the way, per block:
                 that reached it just before it was replaced.
   block_sqnr    the whole block's output against the untouched block's, on the same input, which
                 carries the error of earlier blocks.
+  cumulative_sqnr  the block's output in this walk against its output in the 16-bit model: the
+                errors of this block and of all before it.
 All in dB, from at most SAMPLE_TOKENS tokens.
 """
 
@@ -20,15 +22,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from backend.layer_rules import On
 from backend.methods.base import BlockInput, Method, Seen
 from backend.metrics.base import Measurement
 from backend.model.families import Block, blocks_of
 from backend.model.stats import LayerStats, Stat
+from backend.statistics import BlockStatistics, Moment
 
 SAMPLE_TOKENS = 512
 BATCH_TOKENS = 2048  # of one forward pass through a block; at least one sequence
@@ -74,18 +79,22 @@ def quantize(
     measure: Callable[[Measurement], None] = lambda measurement: None,
     progress: Callable[[int, int, str, float], None] = lambda block, blocks, item, share: None,
     should_stop: Callable[[], bool] = lambda: False,
+    statistics: Path | None = None,
 ) -> None:
     """Apply `steps` to every block, in place. ids [n, T]: calibration tokens, None if none needed.
 
+    `statistics`: folder for summaries of weights and inputs, None for none of them.
     Without a step that looks at inputs, only a few sequences are walked, for the measurements.
     """
     listener = Listener(note, measure, progress, should_stop)
     blocks = blocks_of(model)
     unfinished = [block.index for block in blocks if not checkpoint.has(block.index)]
     last = max(unfinished, default=-1)  # the last block that needs the stream
+    for text in check_rules(steps, blocks) if unfinished else ():
+        note(None, "", text)
     shown = ids if needs_inputs(steps) else sample_of(ids)
     if shown is None and needs_inputs(steps):
-        kinds = ", ".join(step.kind for step in steps if step.wanted())
+        kinds = ", ".join(step.kind for step in steps if step.gathered())
         raise ValueError(f"{kinds}: calibration tokens are needed, none were given")
     for number, step in enumerate(steps if unfinished else ()):
         seen = Seen({}, **seen_of(listener, None, seed_of(seed, -1, number)))
@@ -95,9 +104,13 @@ def quantize(
         listener.check()
         listener.progress(block.index, len(blocks), "", block.index / len(blocks))
         with block.on(device):
+            exact = streams.exact_output(block) if block.index <= last else None
             inputs = streams.enter(block, block.index < last)
             if block.index in unfinished:
-                BlockWork(block, len(blocks), inputs, listener, seed).run(steps)
+                summaries = BlockStatistics(block, statistics)
+                work = BlockWork(block, len(blocks), inputs, listener, seed, exact, summaries)
+                work.run(steps)
+                summaries.save()
                 checkpoint.save(block)
             else:
                 checkpoint.restore(block)
@@ -107,7 +120,42 @@ def quantize(
 
 def needs_inputs(steps: Sequence[Method]) -> bool:
     """True if any step looks at calibration inputs."""
-    return any(step.wanted() or step.prefix == "original" for step in steps)
+    return any(step.wanted() or step.prefix == "original" for step in every_variant(steps))
+
+
+def every_variant(steps: Sequence[Method]) -> list[Method]:
+    """The steps in all the ways that their layer rules let them act."""
+    return [variant for step in steps for variant in step.variants()]
+
+
+def check_rules(steps: Sequence[Method], blocks: Sequence[Block]) -> list[str]:
+    """ValueError if a layer rule matches nothing; notes on what else decides nothing."""
+    notes = []
+    for step in steps:
+        free = [(block, name) for block in blocks for name in block.linears()]
+        for rule in step.layers:
+            if not any(rule.matches(block, len(blocks), name) for block, name in free):
+                why = why_idle(rule, blocks)
+                if not why:
+                    notes.append(f"{step.kind}: {rule} decides nothing: earlier rules match first")
+                    continue
+                raise ValueError(f"{step.kind}: {rule} matches nothing; {why}")
+            notes += [
+                f"{step.kind}: {pattern!r} of {rule} names no linear of this model"
+                for pattern in rule.idle_patterns(blocks)
+            ]
+            free = [(b, name) for b, name in free if not rule.matches(b, len(blocks), name)]
+    return notes
+
+
+def why_idle(rule: On, blocks: Sequence[Block]) -> str:
+    """What there is instead of the blocks or linears that a rule asks for; "" if it has some."""
+    covered = [block for block in blocks if rule.covers(block.index, len(blocks))]
+    if not covered:
+        return f"this model has blocks 0 to {len(blocks) - 1}"
+    if any(rule.names(block, name) for block in covered for name in block.linears()):
+        return ""
+    return f"a block of this model has attn, ffn, {', '.join(covered[0].linears())}"
 
 
 def sample_of(ids: Tensor | None) -> Tensor | None:
@@ -205,11 +253,21 @@ class Streams:
     ) -> None:
         self.quantized: Stream | None = None
         self.original: Stream | None = None
+        self.exact: Stream | None = None  # the sample tokens in the 16-bit model
         if ids is None:
             return
         self.quantized = first_inputs(model, blocks, ids, device, listener)
-        if any(step.prefix == "original" for step in steps):
+        if any(step.prefix == "original" for step in every_variant(steps)):
             self.original = self.quantized.copy()
+        sample = self.quantized.hidden[: sequences_of(self.quantized)]
+        self.exact = Stream(sample, self.quantized.arguments, device, listener)
+
+    def exact_output(self, block: Block) -> Tensor | None:
+        """What the untouched block gives in the 16-bit model, for the sample tokens [t, D]."""
+        if self.exact is None:
+            return None
+        self.exact = self.exact.through(block)
+        return self.exact.hidden.flatten(0, 1)[:SAMPLE_TOKENS].float()
 
     def enter(self, block: Block, onward: bool) -> Inputs:
         """What the untouched block receives; `onward`: the original stream moves past it."""
@@ -295,6 +353,40 @@ def passing(
             del block.module.forward
 
 
+Part = tuple[Method, list[str]]  # a step and the linears that get it
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """One step on one block, its layer rules decided."""
+
+    waves: list[list[str]]  # of linears that are not kept; an empty one concerns the block itself
+    steps: dict[str, Method]  # linear -> the step it gets; kept ones are missing
+    lead: Method | None  # acts on the block itself; None: the whole block is kept
+
+    @classmethod
+    def of(cls, step: Method, block: Block, blocks: int) -> StepWork:
+        """Of block `block` of `blocks`; without rules every linear gets `step` itself."""
+        found = {name: step.on_linear(block, blocks, name) for name in block.linears()}
+        steps = {name: ruled for name, ruled in found.items() if ruled is not None}
+        lead = step.on_block(block, blocks) or next(iter(steps.values()), None)
+        waves = lead.waves(block) if lead is not None else []
+        kept = [[name for name in wave if name in steps] for wave in waves]
+        return cls([k for k, wave in zip(kept, waves, strict=True) if k or not wave], steps, lead)
+
+    def parts(self, wave: list[str]) -> list[Part]:
+        """A wave's linears, those that get one step together, in the order of the wave."""
+        parts: list[Part] = [] if wave or self.lead is None else [(self.lead, [])]
+        for name in wave:
+            step = self.steps[name]
+            same = next((names for other, names in parts if other == step), None)
+            if same is None:
+                parts.append((step, [name]))
+            else:
+                same.append(name)
+        return parts
+
+
 class BlockWork:
     """All steps on one block."""
 
@@ -305,56 +397,89 @@ class BlockWork:
         inputs: Inputs,
         listener: Listener,
         seed: int,
+        exact: Tensor | None,
+        statistics: BlockStatistics,
     ) -> None:
         self.block = block
         self.blocks = blocks
         self.inputs = inputs
         self.listener = listener
         self.seed = seed
+        self.exact = exact  # [t, D] what the block gives in the 16-bit model
+        self.statistics = statistics
         self.references: dict[str, tuple[Tensor, Tensor]] = {}  # linear -> inputs, outputs before
 
     def run(self, steps: Sequence[Method]) -> None:
         """Every step, wave by wave, then the measurements."""
-        before = self.sample_output()
+        self.statistics.weights("before")
+        before = self.sample_output("before")
         for number, step in enumerate(steps):
-            waves = step.waves(self.block)
-            for done, wave in enumerate(waves):
+            work = StepWork.of(step, self.block, self.blocks)
+            for done, wave in enumerate(work.waves):
                 self.listener.check()
-                share = (number + done / len(waves)) / len(steps)
+                share = (number + done / len(work.waves)) / len(steps)
                 self.report(step.kind, share)
-                self.apply(step, number, wave, share, 1 / len(waves) / len(steps))
+                self.apply(work, number, wave, share, 1 / len(work.waves) / len(steps))
         self.measure_outputs(before)
+        self.statistics.weights("after")
+        for measurement in self.statistics.measurements():
+            self.listener.measure(measurement)
 
     def report(self, item: str, share: float) -> None:
         """Progress inside the block, 0 to 1, as a share of the whole walk."""
         whole = (self.block.index + share) / self.blocks
         self.listener.progress(self.block.index, self.blocks, item, whole)
 
-    def apply(self, step: Method, number: int, wave: list[str], share: float, span: float) -> None:
-        """One wave of one step."""
-        stream = self.inputs[step.prefix]
+    def apply(
+        self, work: StepWork, number: int, wave: list[str], share: float, span: float
+    ) -> None:
+        """One wave of one step: its linears by the step each of them gets."""
         before = {name: module for name, module in self.block.linears().items() if name in wave}
         sample = self.sample_inputs(list(before))
-        stats = gather(self.block, stream, step.wanted(), wave, self.listener)
-        seed = seed_of(self.seed, self.block.index, number)
-        seen = Seen(
-            stats,
-            (lambda: stream.batches(self.block.index)) if stream is not None else None,
-            progress=lambda fraction: self.report(step.kind, share + span * fraction),
-            **seen_of(self.listener, self.block.index, seed),
-        )
-        step.apply(self.block, seen)
-        if "weights" in step.targets:
-            self.measure_weights(before)
+        parts = work.parts(wave)
+        stats = self.statistics_of(parts)
+        for done, (step, names) in enumerate(parts):
+            start, width = share + span * done / len(parts), span / len(parts)
+            seen = self.seen(step, {name: stats[name] for name in names}, number, start, width)
+            seen.steps = work.steps
+            step.apply(self.block, seen)
+            if "weights" in step.targets:
+                self.measure_weights({name: before[name] for name in names if name in before})
         self.keep_references(before, sample)
 
-    def sample_output(self) -> Tensor | None:
+    def statistics_of(self, parts: Sequence[Part]) -> dict[str, LayerStats]:
+        """Statistics of a wave's linears, gathered at once where the same ones are wanted."""
+        together: dict[tuple[Any, ...], list[str]] = {}
+        for step, names in parts:
+            together.setdefault((step.prefix, step.wanted()), []).extend(names)
+        stats: dict[str, LayerStats] = {}
+        for (prefix, wanted), names in together.items():
+            stats |= gather(self.block, self.inputs[prefix], wanted, names, self.listener)
+        return stats
+
+    def seen(
+        self, step: Method, stats: Mapping[str, LayerStats], number: int, start: float, width: float
+    ) -> Seen:
+        """What a step is shown; its progress runs from `start` over `width` of the block."""
+        stream = self.inputs[step.prefix]
+        return Seen(
+            stats,
+            (lambda: stream.batches(self.block.index)) if stream is not None else None,
+            progress=lambda fraction: self.report(step.kind, start + width * fraction),
+            **seen_of(
+                self.listener, self.block.index, seed_of(self.seed, self.block.index, number)
+            ),
+        )
+
+    def sample_output(self, moment: Moment) -> Tensor | None:
         """Output of the block as it is, for the first tokens of the quantized stream [t, D]."""
         stream = self.inputs["quantized"]
         if stream is None:
             return None
         hidden, arguments = next(stream.batches(self.block.index, sequences_of(stream)))
-        return output_of(self.block, hidden, arguments).flatten(0, 1)[:SAMPLE_TOKENS].float()
+        with watching(self.block, self.statistics.linears(), self.statistics.see(moment)):
+            out = output_of(self.block, hidden, arguments)
+        return out.flatten(0, 1)[:SAMPLE_TOKENS].float()
 
     def sample_inputs(self, names: list[str]) -> dict[str, Tensor]:
         """Inputs [t, K] of the linears whose reference is not known yet."""
@@ -391,12 +516,13 @@ class BlockWork:
                 self.send("weight_sqnr", name, old.weight, weight, weight.numel())
 
     def measure_outputs(self, before: Tensor | None) -> None:
-        """output_sqnr of every replaced linear and block_sqnr of the block."""
+        """output_sqnr of every replaced linear, block_sqnr and cumulative_sqnr of the block."""
         for name, (x, y) in self.references.items():
             self.send("output_sqnr", name, y, self.block.get(name)(x), len(x))
-        after = self.sample_output()
-        if before is not None and after is not None:
-            self.send("block_sqnr", "", before, after, len(before))
+        after = self.sample_output("after")
+        for name, exact in (("block_sqnr", before), ("cumulative_sqnr", self.exact)):
+            if exact is not None and after is not None:
+                self.send(name, "", exact.to(after.device), after, len(after))
 
     def send(self, name: str, module: str, exact: Tensor, rounded: Tensor, n: int) -> None:
         """One SQNR measurement of this block."""

@@ -15,12 +15,15 @@ from typing import Any
 
 from backend.formats import FORMATS, Format
 from backend.methods import METHODS, Method
+from backend.methods.base import beside_format
 from backend.registry import Part, nearest
 
 DEFAULT_FORMAT = "int"
 TOKEN = re.compile(
     r'\s*([A-Za-z_][\w.\-]*|[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|"(?:[^"\\]|\\.)*"|[()\[\],=+])'
 )
+
+WORDS = {"true": True, "false": False, "null": None, "none": None}
 
 
 class Reader:
@@ -85,10 +88,9 @@ class Reader:
             return json.loads(self.take())
         if re.match(r"[A-Za-z_]", token):
             data = self.call()
-            words = {"true": True, "false": False, "null": None, "none": None}
             if len(data) > 1 or (self.tokens[self.at - 1] == ")"):
                 return data
-            return words.get(data["kind"].lower(), data["kind"])
+            return WORDS.get(data["kind"].lower(), data["kind"])
         return json.loads(self.take().lstrip("+")) if token else self.take()
 
 
@@ -127,21 +129,11 @@ def step(data: Mapping[str, Any], text: str) -> Method:
     cls = METHODS.find(data["kind"])
     if "format" not in cls.model_fields:
         return METHODS.build(data)
-    own = {k: v for k, v in data.items() if k in cls.model_fields and k != "format"}
-    given = data.get("format", {"kind": DEFAULT_FORMAT})
-    grid = {"kind": given} if isinstance(given, str) else dict(given)
-    fields = FORMATS.find(grid["kind"]).model_fields
-    for key, value in data.items():
-        if key in own or key in ("kind", "format"):
-            continue
-        if key not in fields:
-            raise ValueError(
-                f"{cls.kind}: unknown knob {key!r}{nearest(key, [*fields, *cls.model_fields])}"
-            )
-        grid[key] = value
-    if "format" in data or len(grid) > 1:
-        own["format"] = grid
-    return METHODS.build({"kind": cls.kind, **own})
+    knobs = {name: value for name, value in data.items() if name != "kind"}
+    built = beside_format(cls, knobs, DEFAULT_FORMAT)
+    if "format" not in data and len(built["format"]) == 1:  # nothing said of it: the step's own
+        del built["format"]
+    return METHODS.build({"kind": cls.kind, **built})
 
 
 def render(steps: tuple[Method, ...]) -> str:
@@ -150,32 +142,48 @@ def render(steps: tuple[Method, ...]) -> str:
 
 
 def render_part(part: Part) -> str:
-    """One part -> kind(key=value,...)."""
+    """One part -> kind(key=value,...): its format first, its layer rules last."""
     pairs: list[str] = []
-    fields = [f for f in type(part).model_fields if f in part.model_fields_set]
-    for name in sorted(fields, key=lambda f: f != "format"):
+    names = set_fields(part)
+    if not part.model_extra:  # in a rule, blocks and linears come first
+        names.sort(key=lambda name: (name == "layers") - (name == "format"))
+    for name in names:
         value = getattr(part, name)
         if name == "format" and isinstance(value, Format) and value.kind == DEFAULT_FORMAT:
             pairs += [f"{f}={render_value(getattr(value, f))}" for f in set_fields(value)]
         else:
             pairs.append(f"{name}={render_value(value)}")
-    return f"{part.kind}({','.join(pairs)})" if pairs else part.kind
+    return call_of(part.kind, pairs)
 
 
 def set_fields(part: Part) -> list[str]:
-    """Fields the user wrote, in declaration order."""
-    return [f for f in type(part).model_fields if f in part.model_fields_set]
+    """Fields the user wrote, in declaration order; those of a rule's step after its own."""
+    own = [f for f in type(part).model_fields if f in part.model_fields_set]
+    return own + list(part.model_extra or {})
+
+
+def call_of(kind: str, pairs: list[str]) -> str:
+    """`rtn`, `rtn(bits=4,group=128)`."""
+    return f"{kind}({','.join(pairs)})" if pairs else kind
 
 
 def render_value(value: Any) -> str:
     """A knob's value as recipe text."""
     if isinstance(value, Part):
         return render_part(value)
+    if isinstance(value, Mapping):  # a part as JSON, in a layer rule
+        pairs = [f"{key}={render_value(inner)}" for key, inner in value.items() if key != "kind"]
+        return call_of(value["kind"], pairs)
     if isinstance(value, tuple):
         return f"[{','.join(render_value(v) for v in value)}]"
-    if isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w.\-]*", value):
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w.\-]*", value) and not reserved(value):
         return value
     return json.dumps(value)
+
+
+def reserved(word: str) -> bool:
+    """True for words that a recipe reads as something else than text."""
+    return word.lower() in WORDS
 
 
 def presets() -> dict[str, str]:

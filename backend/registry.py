@@ -106,16 +106,20 @@ class Registry(Generic[T]):
         """{"kind": "gptq", "damping": 0.01} -> GPTQ(damping=0.01)."""
         if "kind" not in data:
             raise ValueError(f"a {self.noun} needs a 'kind', one of: {', '.join(self.load())}")
-        cls = self.find(str(data["kind"]))
-        knobs = {name: tuples(value) for name, value in data.items() if name != "kind"}
-        try:
-            return cls.model_validate(knobs)
-        except ValidationError as error:
-            raise ValueError(sentence(cls, error)) from None
+        return made(self.find(str(data["kind"])), data)
 
     def coerce(self, value: Any) -> Any:
         """For pydantic fields: JSON data becomes a part, a part stays."""
         return self.build(value) if isinstance(value, Mapping) else value
+
+
+def made(cls: type[T], data: Mapping[str, Any]) -> T:
+    """Knobs as JSON data -> the part. ValueError in one sentence."""
+    knobs = {name: tuples(value) for name, value in data.items() if name != "kind"}
+    try:
+        return cls.model_validate(knobs)
+    except ValidationError as error:
+        raise ValueError(sentence(cls, error)) from None
 
 
 def tuples(value: Any) -> Any:

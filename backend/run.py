@@ -77,7 +77,9 @@ class Run:
         if spec.steps:
             if blocks is None:
                 raise ValueError("a run with steps needs the folder of its quantized blocks")
-            put_in(model, Checkpoint(blocks), device, packed=spec.storage == "packed")
+            kept = any(rule.keep for step in spec.steps for rule in step.layers)
+            packed = spec.storage == "packed"
+            put_in(model, Checkpoint(blocks), device, packed=packed, kept=kept)
         name = str(dtype).removeprefix("torch.")
         model = model.to(device)
         return cls(spec, model, tokenizer, device=device, dtype=name, home=home, **reporting)
@@ -242,8 +244,13 @@ def choose(logits: Tensor, temperature: float, top_p: float, source: torch.Gener
     return int(order[torch.multinomial(kept, 1, generator=source)])
 
 
-def put_in(model: nn.Module, saved: Checkpoint, device: str, *, packed: bool) -> None:
-    """Restore every block, one by one on the device, and pack its linears."""
+def put_in(
+    model: nn.Module, saved: Checkpoint, device: str, *, packed: bool, kept: bool = False
+) -> None:
+    """Restore every block, one by one on the device, and pack its linears.
+
+    `kept`: a layer rule left some linears in 16 bits, and so they stay.
+    """
     for block in blocks_of(model):
         if not saved.has(block.index):
             raise ValueError(
@@ -252,12 +259,14 @@ def put_in(model: nn.Module, saved: Checkpoint, device: str, *, packed: bool) ->
         saved.restore(block)
         block.module.to(device)
         if packed:
-            pack(block, device)
+            pack(block, device, kept)
 
 
-def pack(block: Block, device: str) -> None:
+def pack(block: Block, device: str, kept: bool = False) -> None:
     """Hand every quantized linear of a block to a kernel, or say which cannot be and why."""
     for name, linear in block.linears().items():
+        if kept and isinstance(linear, nn.Linear):
+            continue
         where = f"{name} of block {block.index}"
         if not isinstance(linear, QuantLinear):
             raise ValueError(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from backend.dialogue import HOTTEST, LARGEST_SEED, LONGEST_ANSWER, Sampling
-from backend.methods import LinearMethod, MethodField
+from backend.methods import LinearMethod, Method, MethodField
 from backend.metrics import MetricField
 from backend.registry import short_hash, tuples, versions
 
@@ -38,6 +38,11 @@ class Calibration(Frozen):
     length: int = Field(2048, ge=8, le=131072, description="Tokens of each sequence.")
     seed: int = Field(0, ge=0)
     content: str = ""
+
+
+def ruled_versions(step: Method) -> list[list[Any]]:
+    """[[kind, version], ...] of what a step becomes under its layer rules; [] without rules."""
+    return [entry for variant in step.variants()[1:] for entry in versions(variant)]
 
 
 class JobSpec(Frozen):
@@ -111,12 +116,12 @@ class RunSpec(JobSpec):
 
     def needs_calibration(self) -> bool:
         """True if any step looks at calibration inputs."""
-        return any(step.wanted() for step in self.steps)
+        return any(step.gathered() for step in self.steps)
 
     def artifact_id(self) -> str:
         """What quantization makes: 12 hex over model, steps, calibration data, seed, storage."""
         calibration = self.calibration.model_dump() if self.needs_calibration() else None
-        steps = [[step.data(), versions(step)] for step in self.steps]
+        steps = [[step.data(), [*versions(step), *ruled_versions(step)]] for step in self.steps]
         seed = self.seed if self.steps else 0
         # 16-bit weights are as packed as they get
         storage = self.storage if self.steps else "packed"

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup
 
-from app import form, look, rows
+from app import form, look, rows, rule_editor
 from app.builder import blocks
 from app.context import Context
 from app.draft import PRESETS, Draft, check_paths, is_here, kind_of, one_sentence, specs
@@ -222,6 +222,17 @@ def set_knob(draft: Draft, data: Mapping[str, Any]) -> dict[str, str]:
     )
 
 
+def edit_rules(draft: Draft, data: Mapping[str, Any]) -> dict[str, str]:
+    """Add, drop, move or change a layer rule of one step."""
+    at, edit = int(data["step"]), rule_editor.EDITS[str(data["do"])]
+    return _with_steps(
+        draft,
+        lambda steps: [
+            edit(step, data) if number == at else step for number, step in enumerate(steps)
+        ],
+    )
+
+
 def choose_metrics(draft: Draft, data: Mapping[str, Any]) -> dict[str, str]:
     """Quick, standard or thorough."""
     return {"metrics": PRESETS[str(data["preset"])]}
@@ -250,6 +261,7 @@ EDITS: dict[str, Callable[[Draft, Mapping[str, Any]], dict[str, str]]] = {
     "drop": drop_step,
     "move": move_step,
     "knob": set_knob,
+    **dict.fromkeys(rule_editor.EDITS, edit_rules),
     "metrics": choose_metrics,
     "metric": toggle_metric,
     "metric-knob": set_metric_knob,
@@ -295,9 +307,16 @@ def rail_part(draft: Draft, plan: Plan) -> Markup:
             label,
             button,
             tag("p", "The 16-bit baseline comes along where it is missing.", class_="hint"),
+            to_judge(),
             run_list(plan),
         ]
     )
+
+
+def to_judge() -> Markup:
+    """Finished runs can be judged too."""
+    link = tag("a", "Let a language model judge", href="/judge", data_carry=True)
+    return tag("p", link, " what finished runs answer.", class_="hint")
 
 
 def count_words(plan: Plan) -> str:

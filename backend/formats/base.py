@@ -93,6 +93,13 @@ class Format(Part):
         step = self.group or max(k, 1)
         return [(i, min(i + step, k)) for i in range(0, k, step)]
 
+    def suited(self, k: int) -> Format | None:
+        """What rows of k weights are rounded to: this, unless groups must divide them.
+
+        None: nothing like it fits, they stay in 16 bits.
+        """
+        return self
+
     def quantize(self, w: Tensor, importance: Tensor | None = None) -> QTensor:
         """w [N, K] -> codes and parameters, group by group; importance [K] or [N, K]."""
         w = w.float()
@@ -123,9 +130,9 @@ class Format(Part):
 class Sparse:
     """Outliers kept apart: CSR rows of exact values that replace the codes there."""
 
-    row_ptr: Tensor  # [N + 1] int64
-    column: Tensor  # [nnz] int64
-    value: Tensor  # [nnz] fp32
+    row_ptr: Tensor  # [N + 1] int32 or int64
+    column: Tensor  # [nnz] uint16 or int64
+    value: Tensor  # [nnz] fp16 or fp32
 
 
 @dataclass(frozen=True)
@@ -163,9 +170,9 @@ class QTensor:
             where = (groups == index).nonzero().flatten()
             w[:, where] = self.format.decode(self.codes[:, where], p)
         if self.sparse is not None:
-            counts = self.sparse.row_ptr.diff()
+            counts = self.sparse.row_ptr.long().diff()
             rows = torch.repeat_interleave(torch.arange(len(counts), device=w.device), counts)
-            w[rows, self.sparse.column] = self.sparse.value.float()
+            w[rows, self.sparse.column.long()] = self.sparse.value.float()
         return w
 
     def bits(self) -> dict[str, float]:

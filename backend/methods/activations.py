@@ -40,6 +40,7 @@ class Activations(Method):
     kind: ClassVar[str] = "activations"
     targets: ClassVar[frozenset[Target]] = frozenset({"activations"})
     needs: ClassVar = (AbsMax,)
+    by_module: ClassVar[bool] = True
     format: Annotated[FormatField, AfterValidator(like_per_token)] = Field(
         PER_TOKEN,
         description="The grid of the inputs, viewed as [tokens, channels]; `int` is 8 bits and "

@@ -44,6 +44,7 @@ class AWQ(LinearMethod):
     targets: ClassVar[frozenset[Target]] = frozenset({"weights"})
     needs: ClassVar = (SpreadSample,)
     prefix: ClassVar[Literal["quantized", "original"]] = "original"
+    of_block: ClassVar[frozenset[str]] = frozenset({"ratios", "shared_heads", "search_tokens"})
     format: FormatField = Field(
         IntGroup(group=128), description="The grid that weights are rounded to."
     )
@@ -82,7 +83,11 @@ class AWQ(LinearMethod):
         for done, (name, stats) in enumerate(seen.stats.items()):
             linear = plain_linear(block, name)
             whole = name.rpartition(".")[2] in LOGITS
-            block.replace(name, self.rounded(linear) if whole else self.quantize(linear, stats))
+            step = self.fitting(linear, stats)
+            if step is None:
+                block.replace(name, QuantLinear.from_linear(linear))
+            else:
+                block.replace(name, step.rounded(linear) if whole else step.quantize(linear, stats))
             seen.progress((done + 1) / len(seen.stats))
 
     def rounded(self, linear: nn.Linear, limit: Tensor | None = None) -> QuantLinear:
@@ -146,17 +151,24 @@ class AWQ(LinearMethod):
         mean = place.shared(mean)  # [C]
         inspected = block.get(place.inspected)
         readers = [plain_linear(block, name) for name in place.readers]
+        named = zip(place.readers, readers, strict=True)
+        grids = [self.grid_of(name, seen, linear.in_features) for name, linear in named]
         exact = [output(inspected, call) for call in calls]
         losses, best, least = [], torch.ones_like(mean), float("inf")
         for i in range(self.ratios):
             scale = scale_of(mean, i / self.ratios)
-            with standing_in(readers, self.format, place.repeated(scale)):
+            with standing_in(readers, grids, place.repeated(scale)):
                 loss = mean_squared(inspected, calls, exact)
             losses.append(loss)
             if loss < least:
                 best, least = scale, loss
         self.report(block, place, losses, seen)
         return best
+
+    def grid_of(self, name: str, seen: Seen, k: int) -> Format | None:
+        """The grid of a linear with k inputs under the layer rules; None: it is kept."""
+        step = seen.step_of(name, self)
+        return None if step is None else step.format.suited(k)  # type: ignore[attr-defined]
 
     def report(self, block: Block, place: Place, losses: list[float], seen: Seen) -> None:
         """The search's curve, and what it gained over plain rounding."""
@@ -283,12 +295,15 @@ def mean_squared(module: nn.Module, calls: Sequence[Call], exact: Sequence[Tenso
 
 
 @contextmanager
-def standing_in(readers: Sequence[nn.Linear], fmt: Format, scale: Tensor) -> Iterator[None]:
-    """The readers with weights Q(W s) / s instead of W; scale [K]."""
+def standing_in(
+    readers: Sequence[nn.Linear], grids: Sequence[Format | None], scale: Tensor
+) -> Iterator[None]:
+    """The readers with weights Q(W s) / s instead of W, each on its grid, if any; scale [K]."""
     kept = [linear.weight.data for linear in readers]
     try:
-        for linear, w in zip(readers, kept, strict=True):
-            linear.weight.data = (fmt.fake(w.float() * scale) / scale).to(w.dtype)
+        for linear, w, grid in zip(readers, kept, grids, strict=True):
+            if grid is not None:
+                linear.weight.data = (grid.fake(w.float() * scale) / scale).to(w.dtype)
         yield
     finally:
         for linear, w in zip(readers, kept, strict=True):

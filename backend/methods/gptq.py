@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from backend.model.families import Block
 
 MOST_DAMPING = 1.0
+SINGULAR = f"the Hessian is singular even at damping {MOST_DAMPING:g}"
 
 
 @METHODS.register
@@ -34,6 +36,7 @@ class GPTQ(LinearMethod):
     kind: ClassVar[str] = "gptq"
     targets: ClassVar[frozenset[Target]] = frozenset({"weights"})
     needs: ClassVar = (Hessian,)
+    of_block: ClassVar[frozenset[str]] = frozenset({"true_sequential"})
     format: FormatField = Field(IntGroup(), description="The grid that weights are rounded to.")
     act_order: bool = Field(
         False, description="Round the input channels with the largest activations first."
@@ -66,41 +69,32 @@ class GPTQ(LinearMethod):
 
     def waves(self, block: Block) -> list[list[str]]:
         """All at once, or the block's own order with true_sequential."""
-        names = list(block.linears())
-        if not self.true_sequential:
-            return [names]
-        waves = [[name for name in wave if name in names] for wave in block.family.waves]
-        rest = [name for name in names if name not in names_in(waves)]
-        return [wave for wave in [*waves, rest] if wave]
+        return waves_of(block) if self.true_sequential else super().waves(block)
 
     def quantize(self, linear: nn.Linear, stats: LayerStats) -> QuantLinear:
         w = linear.weight.detach().float()  # [N, K]
-        h, reason = stats[Hessian].matrix.to(w.device), ""
-        if not h.isfinite().all():
-            reason = "the Hessian is not finite"
-        elif not h.diagonal().any():
-            reason = "every calibration input was 0 or none came"
+        h = stats[Hessian].matrix.to(w.device)
+        reason = why_useless(h)
         q = self.solve(w, h, stats) if not reason else None
         if q is None:
-            reason = reason or f"the Hessian is singular even at damping {MOST_DAMPING:g}"
-            stats.note(f"{reason}; rounded to nearest instead")
+            stats.note(f"{reason or SINGULAR}; rounded to nearest instead")
             q = self.format.quantize(w)
         return QuantLinear(q, linear.bias, dtype=linear.weight.dtype)
 
     def solve(self, w: Tensor, h: Tensor, stats: LayerStats) -> QTensor | None:
         """w [N, K], h [K, K] -> rounded weights; None where no damping makes h invertible."""
         base = self.format.prepare(w)
-        whole = {} if self.format.group else self.fit_all(w, base)
+        whole = {} if self.format.group else fit_all(self.format, w, base)
         w, h = w.clone(), h.clone()
         if dead := revive(w, h, self.live_damping):
             stats.note(f"{dead} of {w.shape[1]} inputs were always 0; their weights became 0")
         order = torch.arange(w.shape[1], device=w.device)
         if self.act_order:
             order = h.diagonal().argsort(descending=True, stable=True)
-        factor = self.damped_factor(h[order][:, order], stats)
+        factor = damped_factor(h[order][:, order], self.damping, stats)
         if factor is None:
             return None
-        fitted = whole or (self.fit_all(w, base) if self.static_groups else {})
+        fitted = whole or (fit_all(self.format, w, base) if self.static_groups else {})
         place = order.tolist() if fitted else list(range(len(order)))
         codes, _ = sweep(
             w[:, order],
@@ -113,27 +107,6 @@ class GPTQ(LinearMethod):
             fresh=self.fresh_groups,
         )
         return self.assemble(codes, fitted, order, place)
-
-    def damped_factor(self, h: Tensor, stats: LayerStats) -> Tensor | None:
-        """U [K, K] of the damped h, ten times the damping after each failure; None at the end."""
-        damping = self.damping
-        while (factor := inverse_factor(h, damping)) is None:
-            if damping >= MOST_DAMPING:
-                return None
-            damping = min(damping * 10 or 0.01, MOST_DAMPING)
-        if damping > self.damping:
-            stats.note(
-                f"Hessian not positive definite at damping {self.damping:g}; used {damping:g}"
-            )
-        return factor
-
-    def fit_all(self, w: Tensor, base: Params) -> dict[int, Params]:
-        """w [N, K] in its own order -> parameters of every group."""
-        groups = enumerate(self.format.groups(w.shape[1]))
-        return {
-            i: self.format.fit(w[:, start:stop], self.format.params_of(base, i))
-            for i, (start, stop) in groups
-        }
 
     def assemble(
         self, codes: Tensor, fitted: dict[int, Params], order: Tensor, place: list[int]
@@ -148,6 +121,27 @@ class GPTQ(LinearMethod):
         return QTensor(codes[:, back], params, self.format, column_group=index)
 
 
+def waves_of(block: Block) -> list[list[str]]:
+    """Names of a block's linears in the order in which they compute, unknown ones last."""
+    names = list(block.linears())
+    waves = [[name for name in wave if name in names] for wave in block.family.waves]
+    rest = [name for name in names if name not in names_in(waves)]
+    return [wave for wave in [*waves, rest] if wave]
+
+
+def why_useless(h: Tensor) -> str:
+    """Why h [K, K] says nothing about the inputs, "" where it may."""
+    if not h.isfinite().all():
+        return "the Hessian is not finite"
+    return "" if h.diagonal().any() else "every calibration input was 0 or none came"
+
+
+def fit_all(fmt: Format, w: Tensor, base: Params) -> dict[int, Params]:
+    """w [N, K] in its own order -> parameters of every group."""
+    groups = enumerate(fmt.groups(w.shape[1]))
+    return {i: fmt.fit(w[:, start:stop], fmt.params_of(base, i)) for i, (start, stop) in groups}
+
+
 def revive(w: Tensor, h: Tensor, live: bool) -> int:
     """Inputs that were always 0: their weights [N, K] become 0, their diagonal of h 1, in place.
 
@@ -159,6 +153,18 @@ def revive(w: Tensor, h: Tensor, live: bool) -> int:
     diagonal[dead] = diagonal[~dead].mean() if live else 1
     w[:, dead] = 0
     return int(dead.sum())
+
+
+def damped_factor(h: Tensor, damping: float, stats: LayerStats) -> Tensor | None:
+    """U [K, K] of the damped h, ten times the damping after each failure; None at the end."""
+    tried = damping
+    while (factor := inverse_factor(h, tried)) is None:
+        if tried >= MOST_DAMPING:
+            return None
+        tried = min(tried * 10 or 0.01, MOST_DAMPING)
+    if tried > damping:
+        stats.note(f"Hessian not positive definite at damping {damping:g}; used {tried:g}")
+    return factor
 
 
 def inverse_factor(h: Tensor, damping: float) -> Tensor | None:
@@ -177,6 +183,44 @@ def inverse_factor(h: Tensor, damping: float) -> Tensor | None:
     return factor.contiguous() if factor.isfinite().all() else None
 
 
+class Walk:
+    """Columns of w [N, K] from left to right; the error of each is spread over those to come.
+
+    `for c, column in walk` gives each column [N] as the errors before it left it; `settle` says
+    what it became. The squared `errors` [K, N] sum to trace((W - Q) H (W - Q)^T), H the damped
+    Hessian with factor U.
+    """
+
+    def __init__(self, w: Tensor, factor: Tensor, block: int) -> None:
+        self.rows = w.T.contiguous()  # [K, N], as of the last block's end; a column in one piece
+        self.factor, self.block = factor, block
+        self.errors = torch.zeros_like(self.rows)
+        self.pivots = factor.diagonal().tolist()
+        self.start = self.at = 0  # first column of the block, column at hand
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        k = len(self.rows)
+        for start in range(0, k, self.block):
+            stop = min(start + self.block, k)
+            for at in range(start, stop):
+                self.start, self.at = start, at
+                errors, shares = self.errors[start:at].T, self.factor[start:at, at]
+                yield at, torch.addmv(self.rows[at], errors, shares, alpha=-1)
+            self.rows[stop:] -= self.factor[start:stop, stop:].T @ self.errors[start:stop]
+
+    def settle(self, column: Tensor, value: Tensor) -> None:
+        """The column at hand, [N] as it came, becomes `value` [N]."""
+        torch.sub(column, value, out=self.errors[self.at]).div_(self.pivots[self.at])
+
+    def ahead(self, width: int, fresh: bool) -> Tensor:
+        """The next `width` columns [N, width]: now, or (not fresh) as of the last block's end."""
+        span = self.rows[self.at : self.at + width]
+        if fresh:
+            before = slice(self.start, self.at)
+            span = span - self.factor[before, self.at : self.at + width].T @ self.errors[before]
+        return span.T
+
+
 def sweep(
     w: Tensor,
     factor: Tensor,
@@ -191,30 +235,18 @@ def sweep(
     """Round the columns of w [N, K] from left to right -> codes [N, K], scaled errors [N, K].
 
     `place[c]` is the column that c stands for among the groups; groups missing from `fitted` are
-    fitted, and put there, when the sweep reaches their first column. The squared errors sum to
-    trace((W - Q) H (W - Q)^T), H the damped Hessian.
+    fitted, and put there, when the sweep reaches their first column.
     """
     n, k = w.shape
-    rows = w.T.contiguous()  # [K, N], as of the last block's end; a column lies in one piece
     codes = torch.empty(k, n, dtype=torch.uint8, device=w.device)
-    errors = torch.zeros_like(rows)
-    pivots = factor.diagonal().tolist()
-    step = fmt.group or k
-    for start in range(0, k, block):
-        stop = min(start + block, k)
-        for c in range(start, stop):
-            group, at = divmod(place[c], step)
-            if group not in fitted:
-                span = rows[c : c + step]  # [g, N]
-                if fresh:
-                    span = span - factor[start:c, c : c + step].T @ errors[start:c]
-                fitted[group] = fmt.fit(span.T, fmt.params_of(base, group))
-            column = torch.addmv(rows[c], errors[start:c].T, factor[start:c, c], alpha=-1)  # [N]
-            codes[c : c + 1] = fmt.encode(column[:, None], fitted[group], at).T
-            value = fmt.decode(codes[c : c + 1].T, fitted[group], at)[:, 0]
-            torch.sub(column, value, out=errors[c]).div_(pivots[c])
-        rows[stop:] -= factor[start:stop, stop:].T @ errors[start:stop]
-    return codes.T.contiguous(), errors.T
+    walk, step = Walk(w, factor, block), fmt.group or k
+    for c, column in walk:
+        group, at = divmod(place[c], step)
+        if group not in fitted:
+            fitted[group] = fmt.fit(walk.ahead(step, fresh), fmt.params_of(base, group))
+        codes[c : c + 1] = fmt.encode(column[:, None], fitted[group], at).T
+        walk.settle(column, fmt.decode(codes[c : c + 1].T, fitted[group], at)[:, 0])
+    return codes.T.contiguous(), walk.errors.T
 
 
 RECIPES = {
@@ -224,6 +256,9 @@ RECIPES = {
     "GPTQ W4": "gptq(bits=4,scale_dtype=float16,act_order=true,live_damping=true)",
     "GPTQ W4 g128": "gptq(bits=4,group=128,scale_dtype=float16,act_order=true,"
     "static_groups=true,live_damping=true)",
+    "GPTQ W4 g128, down_proj in 8 bits": "gptq(bits=4,group=128,scale_dtype=float16,"
+    "act_order=true,static_groups=true,live_damping=true,"
+    "layers=[on(modules=down_proj,bits=8)])",
     "GPTQ W4 g64": "gptq(bits=4,group=64,scale_dtype=float16,act_order=true,"
     "static_groups=true,live_damping=true)",
     "GPTQ W4 g128 true sequential": "gptq(bits=4,group=128,scale_dtype=float16,act_order=true,"

@@ -39,6 +39,10 @@ RECIPES = {
     "RTN W4 g128": "rtn(bits=4,group=128,scale_dtype=float16)",
     "RTN W4 g64": "rtn(bits=4,group=64,scale_dtype=float16)",
     "RTN W4 g32": "rtn(bits=4,group=32,scale_dtype=float16)",
+    "RTN W4 g128, attention in 8 bits": "rtn(bits=4,group=128,scale_dtype=float16,"
+    "layers=[on(modules=attn,bits=8)])",
+    "RTN W4 g128, first and last block in 16 bits": "rtn(bits=4,group=128,scale_dtype=float16,"
+    'layers=[on(blocks="first,last",keep=true)])',
     "RTN W4 g128 sym": "rtn(bits=4,group=128,symmetric=true,scale_dtype=float16)",
     "RTN W4 g128 MSE clip": "rtn(bits=4,group=128,scale_dtype=float16,mse=true)",
     "RTN W3": "rtn(bits=3,scale_dtype=float16)",

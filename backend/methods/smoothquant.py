@@ -8,9 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from backend.formats.int_group import IntGroup
 from backend.methods import METHODS
 from backend.methods.base import Method, Seen, Target, names_in
-from backend.model.stats import AbsMax
+from backend.metrics.base import Measurement
+from backend.model.stats import AbsMax, SpreadSample, Stat
 
 if TYPE_CHECKING:
     from backend.model.families import Block, NormFeed
@@ -31,7 +33,7 @@ class SmoothQuant(Method):
 
     kind: ClassVar[str] = "smoothquant"
     targets: ClassVar[frozenset[Target]] = frozenset({"weights"})
-    needs: ClassVar = (AbsMax,)
+    needs: ClassVar = (AbsMax, SpreadSample)
     prefix: ClassVar[Literal["quantized", "original"]] = "original"
     exact: ClassVar[bool] = True
     alpha: float = Field(
@@ -40,6 +42,20 @@ class SmoothQuant(Method):
         le=1,
         description="How much of the outliers moves to the weights: 0 evens out weights, 1 "
         "activations; 0.5 for OPT, 0.8-0.9 for Llama 2 and Mistral in the authors' repository.",
+    )
+    search: int = Field(
+        0,
+        ge=0,
+        le=100,
+        description="Try alpha = 0, 1/search, ... 1 on every norm and keep the one whose rounded "
+        "output errs least; 20 is a good grid, 0 takes `alpha` as it is.",
+    )
+    search_bits: int = Field(
+        8,
+        ge=2,
+        le=8,
+        description="What the search rounds weights (per row) and inputs (per token) to, "
+        "symmetric; set it to the bits of the steps that follow.",
     )
     power_of_two: bool = Field(
         False,
@@ -50,19 +66,48 @@ class SmoothQuant(Method):
         """One wave: every linear that reads a norm."""
         return [names_in(feed.readers for feed in feeds_of(block))]
 
+    def wanted(self) -> tuple[type[Stat], ...]:
+        """Extremes, and a sample of the inputs to search on."""
+        return self.needs if self.search else (AbsMax,)
+
     def apply(self, block: Block, seen: Seen) -> None:
         for feed in feeds_of(block):
             readers = [plain_linear(block, name) for name in feed.readers]
             peak = torch.stack([seen.stats[name][AbsMax].peak for name in feed.readers]).amax(0)
-            scale = self.scales(peak, readers)  # [K]
+            alpha = self.searched(block, feed, peak, seen) if self.search else self.alpha
+            scale = self.scales(peak, readers, alpha)  # [K]
             fold(block.get(feed.norm), readers, scale, block.family.norm_offset)
 
-    def scales(self, peak: Tensor, readers: list[nn.Linear]) -> Tensor:
+    def searched(self, block: Block, feed: NormFeed, peak: Tensor, seen: Seen) -> float:
+        """The alpha of one norm; reported with the curve of the search."""
+        readers = [plain_linear(block, name) for name in feed.readers]
+        x = seen.stats[feed.readers[0]][SpreadSample].rows  # [T, K]
+        if not len(x):
+            raise ValueError("smoothquant: the alpha search needs calibration inputs; none given")
+        alphas = [i / self.search for i in range(self.search + 1)]
+        losses = [self.loss(x, readers, self.scales(peak, readers, alpha)) for alpha in alphas]
+        best = alphas[min(range(len(losses)), key=losses.__getitem__)]
+        detail = {"losses": losses, "readers": list(feed.readers)}
+        layer = (block.index, feed.norm)
+        seen.measure(Measurement("alpha", best, "", "lower", len(x), layer=layer, detail=detail))
+        return best
+
+    def loss(self, x: Tensor, readers: list[nn.Linear], scale: Tensor) -> float:
+        """Squared error of all readers' outputs, inputs x [T, K] / scale and weights rounded."""
+        grid = IntGroup(bits=self.search_bits, symmetric=True)  # a scale per token and per row
+        weights = [linear.weight.detach().float() for linear in readers]  # [N, K]
+        x, scale = x.to(weights[0]), scale.to(weights[0])
+        rounded = grid.fake(x / scale)
+        errors = [rounded @ grid.fake(w * scale).T - x @ w.T for w in weights]  # [T, N]
+        return sum(error.square().sum(dtype=torch.float64).item() for error in errors)
+
+    def scales(self, peak: Tensor, readers: list[nn.Linear], alpha: float | None = None) -> Tensor:
         """peak [K] of the inputs, their readers -> s [K] fp32, to divide the inputs by."""
+        alpha = self.alpha if alpha is None else alpha
         peaks = [linear.weight.detach().float().abs().amax(0) for linear in readers]
         largest = torch.stack(peaks).amax(0).clamp_min(FLOOR)  # [K]
         peak = peak.to(largest)
-        scale = (peak**self.alpha / largest ** (1 - self.alpha)).clamp_min(FLOOR)
+        scale = (peak**alpha / largest ** (1 - alpha)).clamp_min(FLOOR)
         if self.power_of_two:
             scale = scale.log2().round().exp2()
         return scale.masked_fill(peak == 0, 1)
@@ -114,6 +159,10 @@ RECIPES = {
     "+activations(bits=8,symmetric=true,per_tensor=true,static=true)",
     "SmoothQuant W6A6": "smoothquant+rtn(bits=6,symmetric=true,scale_dtype=float16)"
     "+activations(bits=6,symmetric=true)",
+    "SmoothQuant W8A8, alpha searched": "smoothquant(search=20)"
+    "+rtn(bits=8,symmetric=true,scale_dtype=float16)+activations(bits=8,symmetric=true)",
+    "SmoothQuant W6A6, alpha searched": "smoothquant(search=20,search_bits=6)"
+    "+rtn(bits=6,symmetric=true,scale_dtype=float16)+activations(bits=6,symmetric=true)",
     "SmoothQuant GPTQ W4A8": "smoothquant+gptq(bits=4,group=128,scale_dtype=float16,"
     "act_order=true,static_groups=true,live_damping=true)+activations(bits=8,symmetric=true)",
 }

@@ -48,6 +48,11 @@ class Family:
     norm_offset: float = 0.0  # the norm multiplies by offset + weight (Gemma: 1)
     why_no_feeds: str = ""  # the reason where norm_feeds is empty
     linear_feeds: tuple[LinearFeed, ...] = ()  # rows of one linear can carry a scale of the next
+    attention: str = "self_attn"  # holds attention's linears; all others are the feed-forward part
+
+    def is_attention(self, linear: str) -> bool:
+        """True for a linear of the attention, by its dotted name in the block."""
+        return linear.startswith(self.attention + ".")
 
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -97,6 +102,7 @@ OPT = Family(
     linear_feeds=(LinearFeed("self_attn.v_proj", "self_attn.out_proj"), LinearFeed("fc1", "fc2")),
 )
 GPT_NEOX = Family(
+    attention="attention",
     layers="gpt_neox.layers",
     embed=("gpt_neox.embed_in",),
     head="lm_head",

@@ -65,6 +65,8 @@ def others(widget: form.Widget) -> list[str]:
         middle = (low + high) / 2
         number = str(int(middle)) if widget.kind == "whole" else repr(float(middle))
         return [number] + ([""] if widget.nullable else [])
+    if widget.kind == "rules":
+        return ['on(blocks="first,last",keep=true), on(modules=attn)', "on(blocks=0)"]
     return ["demo"] if widget.kind == "text" else ["demo_capitals, demo_people"]
 
 

@@ -259,7 +259,8 @@ def test_more_bits_measure_better_and_activations_count(make_model, ids, tmp_pat
 
 def test_smoothing_alone_changes_no_output(make_model, ids, tmp_path):
     found = measured(make_model("llama"), "smoothquant", ids, tmp_path)
-    assert set(found) == {("block_sqnr", i, "") for i in range(3)}
+    names = ("block_sqnr", "cumulative_sqnr")
+    assert set(found) == {(name, i, "") for name in names for i in range(3)}
     assert min(m.value for m in found.values()) > 100  # fp32 rounding
 
 
