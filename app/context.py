@@ -138,6 +138,8 @@ class Picks:
     id: str = ""  # the run that the run page shows
     against: str = ""  # and the one it is compared with
     layer: str = ""  # which per-layer value
+    block: str = ""  # and the cell of it that is looked into
+    module: str = ""
     # leaderboard
     tab: str = ""  # published, imported; "": the variants of the model
     voters: Words = ()  # kinds of voters in the people's columns; (): human

@@ -19,6 +19,7 @@ SCALE = [[0.0, "#7f2704"], [0.35, "#d94801"], [0.6, "#fdae6b"], [0.8, "#c6dbef"]
 def rows(store: Store, picks: Picks) -> pd.DataFrame:
     """One row per (block, module) of the picked per-layer value of the run `picks.id`."""
     found = queries.layers(store, picks.id)
+    found = found[found["module"] != ""]  # values of whole blocks: the chart `depth` has them
     names = available(found)
     name = picks.layer if picks.layer in names else (names[0] if names else "")
     table = found[found["name"] == name].drop_duplicates(["block", "module"], keep="last")
@@ -30,6 +31,7 @@ def rows(store: Store, picks: Picks) -> pd.DataFrame:
         "names": names,
         "unit": str(units.iloc[0]) if len(units) else "",
         "better": str(better.iloc[0]) if len(better) else "",
+        "cell": (picks.block, picks.module),
     }
     return table
 
@@ -56,8 +58,9 @@ def draw(table: pd.DataFrame) -> go.Figure:
         text=texts.to_numpy(),
         texttemplate="%{text}" if grid.size <= 400 else None,
         textfont={"size": 12},
-        customdata=[[f"block {b}, {m}" for m in modules] for b in grid.index],
-        hovertemplate="%{customdata}<br><b>%{text}</b> " + unit + "<extra></extra>",
+        customdata=[[f"{b}~{m}" for m in modules] for b in grid.index],
+        hovertext=[[f"block {b}, {m}" for m in modules] for b in grid.index],
+        hovertemplate="%{hovertext}<br><b>%{text}</b> " + unit + "<extra></extra>",
         colorscale=SCALE,
         reversescale=not high_is_good,
         xgap=2,
@@ -68,6 +71,13 @@ def draw(table: pd.DataFrame) -> go.Figure:
     fig.update_xaxes(side="top", ticks="", showgrid=False, linecolor="rgba(0,0,0,0)")
     fig.update_yaxes(autorange="reversed", ticks="", showgrid=False, linecolor="rgba(0,0,0,0)")
     fig.update_layout(height=max(220, 90 + 34 * len(grid)), margin={"t": 40, "b": 16})
+    fig.update_layout(meta={"params": ["block", "module"]})  # what a click on a cell sets
+    block, module = table.attrs.get("cell", ("", ""))
+    blocks = [str(b) for b in grid.index]
+    if block in blocks and module in modules:
+        x, y = modules.index(module), blocks.index(block)
+        box = {"x0": x - 0.5, "x1": x + 0.5, "y0": y - 0.5, "y1": y + 0.5}
+        fig.add_shape(type="rect", line={"color": look.INK, "width": 2.5}, **box)
     return fig
 
 

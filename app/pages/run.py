@@ -10,8 +10,8 @@ import gradio as gr
 import pandas as pd
 from markupsafe import Markup
 
-from app import look, rows
-from app.charts import layers
+from app import layer_values, look, rows
+from app.charts import depth, layers
 from app.context import Context, Picks
 from app.markup import join, tag
 from app.pages.compare import copy_line
@@ -36,10 +36,17 @@ def build(ctx: Context) -> None:
         with gr.Column(elem_classes="card chart-card layers-card"):
             above = live("")
             plot = plotly_chart(elem_classes="layers-plot")
+            along = plotly_chart(elem_classes="layers-plot")
+        with gr.Column(elem_classes="card chart-card values-card"):
+            chosen = live("")
+            with gr.Column(elem_classes="values-plots"):
+                pictures = [plotly_chart() for _ in range(layer_values.PLOTS)]
+            values = live("")
         below = live(skeleton(300))
 
     def draw(request: gr.Request) -> list[str]:
-        return list(screen(ctx, Picks.read(query(request))))
+        picks = Picks.read(query(request))
+        return [*screen(ctx, picks), *inside(ctx, picks)]
 
     def act(data: Mapping[str, Any], request: gr.Request) -> Mapping[str, Any]:
         return perform(ctx, data, request)
@@ -48,7 +55,8 @@ def build(ctx: Context) -> None:
         moving = [(v.run_id, v.state, v.fraction) for v in ctx.runs.runs() if not v.state.ended]
         return ctx.store.version, tuple(moving)
 
-    connect(draw, [head, above, plot, below], stamp=stamp, act=act)
+    outputs = [head, above, plot, below, along, chosen, *pictures, values]
+    connect(draw, outputs, stamp=stamp, act=act)
 
 
 def screen(ctx: Context, picks: Picks) -> Sequence[str]:
@@ -65,7 +73,7 @@ def screen(ctx: Context, picks: Picks) -> Sequence[str]:
         return job_header(ctx, view), "", "", conditions(ctx, view, stored, spec_text, picks)
     return (
         header(ctx, view, spec_text),
-        layer_head(heat),
+        layer_head(heat, spec_text),
         chart,
         conditions(ctx, view, stored, spec_text, picks),
     )
@@ -199,10 +207,24 @@ def _note(record: Mapping[str, Any]) -> str:
 # ---- layers --------------------------------------------------------------------------------
 
 
-def layer_head(heat: pd.DataFrame) -> Markup:
+def inside(ctx: Context, picks: Picks) -> list[str]:
+    """Error along the depth; then one matrix, read from the run's folder where one is chosen."""
+    along = depth.chart_rows(ctx.store, picks)
+    chart = chart_value(depth.draw(along), depth.say(along)) if len(along) else ""
+    found = queries.run(ctx.store, picks.id)
+    folder = ctx.home / "runs" / str(found["run_id"].iloc[0]) if len(found) else None
+    if folder is None:
+        return [chart, *[""] * (layer_values.PLOTS + 2)]
+    values = queries.layers(ctx.store, picks.id)
+    return [chart, *layer_values.parts(folder / "statistics", values, picks)]
+
+
+def layer_head(heat: pd.DataFrame, spec_text: str) -> Markup:
     """Which per-layer value is shown."""
     if not len(heat):
-        return tag("p", "Error by layer appears here once a block is quantized.", class_="muted")
+        waiting = "Error by layer appears here once a block is quantized."
+        steps = json.loads(spec_text).get("steps")
+        return tag("p", waiting if steps else layer_values.NO_BASELINE, class_="muted")
     options = [
         tag("option", look.label(name), value=name, selected=name == heat.attrs["name"])
         for name in heat.attrs["names"]

@@ -147,20 +147,26 @@
       return Object.fromEntries(Object.entries(value).map(([k, v]) => [k, themed(v, style)]));
     return value;
   }
+  const webgl = () => Boolean(document.createElement('canvas').getContext('webgl'));
   qa.chart = (element, props, watch) => {
     const box = element.querySelector('.plot');
     let ready = false, silent = false;
+    /* Drawn while hidden, a chart would have Plotly's own width: it waits until it is seen. */
+    const seen = new ResizeObserver(() => { if (box.clientWidth) { seen.disconnect(); draw(); } });
     const draw = () => {
       if (!props.value) return;
       if (!window.Plotly) { setTimeout(draw, 60); return; }
+      if (!box.clientWidth) { seen.observe(box); return; }
       const { figure, say } = JSON.parse(props.value);
       const { data, layout } = themed(figure, getComputedStyle(document.body));
       const narrow = box.clientWidth < NARROW;
       if (narrow) {
         layout.annotations = (layout.annotations || []).filter((a) => a.name !== 'direct-label');
-        layout.margin = { ...(layout.margin || {}), l: 48, r: 12 };
+        layout.margin = layout.scene ? layout.margin : { ...(layout.margin || {}), l: 48, r: 12 };
         data.filter((t) => t.type === 'heatmap').forEach((t) => { t.texttemplate = ''; t.showscale = true; });
+        if (layout.scene) for (const axis of ['x', 'y', 'z']) layout.scene.camera.eye[axis] *= 1.4;
       }
+      if (layout.scene && !webgl()) data.forEach((t) => Object.assign(t, { type: 'heatmap', zmin: t.cmin, zmax: t.cmax }));
       if (!layout.height) layout.height = narrow ? 320 : 440;
       box.setAttribute('role', 'img');
       box.setAttribute('aria-label', say || '');
@@ -177,6 +183,8 @@
     box.on('plotly_click', (e) => {
       const id = e.points[0] && e.points[0].customdata;
       if (typeof id === 'string' && box.closest('.selects')) toggle('runs', id, !additive(e.event));
+      const names = box.layout.meta && box.layout.meta.params;  /* the URL parameters that a click sets */
+      if (typeof id === 'string' && names) setParams(Object.fromEntries(names.map((n, i) => [n, id.split(BETWEEN)[i]])));
     });
     box.on('plotly_selected', (e) => {
       if (!e || !box.closest('.selects')) return;
