@@ -318,10 +318,15 @@ def next_threshold(tried: dict[float, int], wanted: float) -> float:
     low = max((t for t in tried if tried[t] > wanted), default=None)  # too many outliers
     high = min((t for t in tried if tried[t] <= wanted), default=None)
     if low is None or high is None or low > high:
-        last = max(tried) if high is None else min(tried)
-        return last * min(max((max(tried[last], 0.5) / wanted) ** 0.6, 0.1), 10)
+        upward = high is None
+        last = max(tried) if upward else min(tried)
+        power = 0.6 * math.log(max(tried[last], 0.5) / wanted)
+        least = 0.3 * len(tried)  # ever longer steps: where whole columns are outliers, it is flat
+        return last * math.exp(max(power, least) if upward else min(power, -least))
     many, few = math.log(tried[low]), math.log(max(tried[high], 0.5))
     share = (many - math.log(wanted)) / (many - few)
+    if len(tried) > 4 and len(tried) % 2:  # where that crawls, halve every other time
+        share = 0.5
     return low * (high / low) ** min(max(share, 0.1), 0.9)
 
 
@@ -336,6 +341,8 @@ RECIPES = {
     # The tables' own thresholds, 0.25 and 0.5, start the search; see docs/methods.md.
     "SpQR 3.99b": f"spqr(bits=3,group=16,{SECOND},threshold=0.25,target_bits=3.99)",
     "SpQR 3.07b": f"spqr(bits=2,group=32,{SECOND},threshold=0.5,target_bits=3.07)",
+    "SpQR 3.99b (whole zeros)": f"spqr(bits=3,group=16,{SECOND},threshold=0.25,target_bits=3.99,"
+    "round_zero=true)",
     "SpQR W3 g16": f"spqr(bits=3,group=16,{OFFICIAL},threshold=0.2)",
     "SpQR W4 g16": f"spqr(bits=4,group=16,{OFFICIAL},threshold=0.2)",
     "SpQR W3 g16 (no outliers)": f"spqr(bits=3,group=16,{OFFICIAL},threshold=null)",

@@ -115,6 +115,7 @@ class Visitor:
         self.page.on("console", self._console)
         self.page.on("pageerror", lambda error: self.trouble.append(str(error)))
         self.page.on("request", self._request)
+        self.page.on("response", self._response)
 
     def _console(self, message: Any) -> None:
         if message.type == "error":
@@ -124,6 +125,10 @@ class Visitor:
         where = urlparse(request.url)
         if where.scheme.startswith("http") and where.netloc != urlparse(self.url).netloc:
             self.trouble.append(f"a request to {request.url}")
+
+    def _response(self, response: Any) -> None:
+        if response.status >= 500:
+            self.trouble.append(f"{response.status} from {response.url}")
 
     def open(self, path: str) -> Any:
         self.page.goto(self.url + path)

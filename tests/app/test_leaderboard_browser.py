@@ -61,6 +61,7 @@ def test_filters_make_a_permalink(voted, visit):
     page.wait_for_function(f"{ROWS} === 3")
     page.get_by_role("button", name="Perplexity").click()
     page.wait_for_function("location.search.includes('sort=perplexity')")
+    page.locator("th[aria-sort=ascending]", has_text="Perplexity").wait_for()
     shown = page.locator(".board tbody").inner_text()
     address = page.url
     for part in ("category=facts", "style=1", "interval=bootstrap", "hide=cost", "search=gptq"):

@@ -399,6 +399,19 @@ def test_few_sweeps_find_the_threshold(monkeypatch):
         assert len(seen) <= sweeps
 
 
+@pytest.mark.parametrize(
+    ("bits", "group", "target"), [(3, 16, 3.99), (3, 16, 4.5), (2, 32, 3.07), (2, 32, 2.7)]
+)
+def test_a_target_is_met_where_whole_columns_are_outliers(bits, group, target):
+    """Tiny weights on huge inputs stay outliers over a wide range of thresholds."""
+    w, x = 0.05 * normal(128, 128), inputs(1024, 128)
+    for column in (5, 40, 90):
+        x[:, column] *= 1000
+        w[:, column] /= 1000
+    layer = quantize_layer(step(bits=bits, group=group, target_bits=target), w, inputs=x)
+    assert layer.bits_per_weight == pytest.approx(target, rel=0.01)
+
+
 def test_targets_out_of_reach_are_refused_or_noted():
     with pytest.raises(ValueError, match=r"target_bits 3\.5 is below the 3\.625 bits"):
         SpQR(target_bits=3.5)

@@ -352,12 +352,10 @@ def test_small_steps_that_bf16_would_lose_still_add_up(make_model):
     assert all(m.value < 1 for m in found if m.name == "lkd_gain")
 
 
-def test_a_loss_that_rises_ends_the_training():
+def test_a_loss_that_rises_ends_the_training(make_model):
     """A rate far too high: three checks without a new best, then stop, and the start is kept."""
-    from conftest import tiny_model
-
     knobs = {**LEARNING, "lkd_steps": 200, "lkd_rate": 1e-2, "bits_attn": 8, "bits_ffn": 8}
-    found, notes = walk(tiny_model("llama"), recipes.render((ZeroQuant(**knobs),)))
+    found, notes = walk(make_model("llama"), recipes.render((ZeroQuant(**knobs),)))
     for gain in (m for m in found if m.name == "lkd_gain"):
         best = gain.detail["steps"].index(gain.detail["step"])
         assert len(gain.detail["steps"]) == best + 1 + 3
