@@ -92,16 +92,17 @@ def print_parts(registries: dict[str, Any], as_json: bool) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Submit the baseline and every recipe, follow them, print a table. 0 only if all are done."""
+    from backend.recipes import presets
     from jobs.home import home_folder
     from jobs.queue import Queue
     from jobs.results import report
 
-    specs = specs_of(args)
+    specs, named = specs_of(args), presets()
     queue = Queue(home_folder(args.home))
     run_ids = [queue.submit(spec, device=args.device) for _, spec in specs]
     show_progress(queue, run_ids)
     reports = [
-        report(queue, run_id) | {"recipe": "".join(text.split())}
+        report(queue, run_id) | {"recipe": text if text in named else "".join(text.split())}
         for run_id, (text, _) in zip(run_ids, specs, strict=True)
     ]
     print_results(reports)

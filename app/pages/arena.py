@@ -177,7 +177,12 @@ def welcome(ctx: Context, model: str, params: Mapping[str, str], lost: str) -> M
         ),
         prompt_box({"do": "start"}, "…or type a prompt of your own", "Ask both"),
         tag("p", arena.most_wanted(model), class_="hint"),
-        tag("p", tag("a", "Ratings so far", href=f"/leaderboard?model={quote(model)}")),
+        tag(
+            "p",
+            tag("a", "Ratings so far", href=f"/leaderboard?model={quote(model)}"),
+            " · ",
+            tag("a", "Find prompts that tell them apart", href=f"/mined?model={quote(model)}"),
+        ),
         class_="welcome card pad",
     )
 

@@ -1,4 +1,4 @@
-"""Mined: what one mining job found, prompts that tell variants apart first."""
+"""Mined: what a mining job found, prompts that tell variants apart first; and how to start one."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from app.permalink import to_query
 from app.sides import MOST
 from app.views import model_of, spec_data
 from app.widgets import connect, live, query, skeleton
+from backend.spec import MineSpec, ModelRef
 from jobs.events import State
 from jobs.queue import RunView
 from results_db import mined, queries
@@ -27,6 +28,7 @@ from results_db import mined, queries
 TITLE, PATH, ORDER, KEY = "Mined prompts", "/mined", 0, ""
 KIND = "mine"
 PAGE = 20  # prompts on one page
+LISTED = 20  # jobs
 SHOWN = 600  # characters of a prompt
 TOLD = 12  # variants told of one prompt, those that differ most
 
@@ -38,9 +40,12 @@ def build(ctx: Context) -> None:
         body = live(skeleton(400))
 
     def draw(request: gr.Request) -> list[Markup]:
-        return screen(ctx, query(request))
+        params = query(request)
+        return screen(ctx, params) if "id" in params else overview(ctx, request)
 
     def act(data: Mapping[str, Any], request: gr.Request) -> Mapping[str, Any]:
+        if data.get("do") == "mine":
+            return start(ctx, request)
         return perform(ctx, data, request)
 
     def stamp(request: gr.Request) -> Hashable:
@@ -48,6 +53,71 @@ def build(ctx: Context) -> None:
         return ctx.store.version, tuple(moving)
 
     connect(draw, [head, body], stamp=stamp, act=act)
+
+
+# ---- which job, and a new one --------------------------------------------------------------
+
+
+def overview(ctx: Context, request: gr.Request) -> list[Markup]:
+    """What mining is, a button that starts it, and the jobs there are."""
+    model = model_wanted(ctx, query(request))
+    words = (
+        "On most prompts, variants of one model answer alike, and a vote on them tells nothing. "
+        "Mining puts the whole pool of prompts to every finished run, 16-bit first, and ranks them "
+        "by how far the answers part. The arena then draws from those, and answers them at once."
+    )
+    head = [tag("h1", f"Find the prompts that tell variants of {model} apart"),
+            tag("p", words, class_="facts")]  # fmt: skip
+    return [join([*head, begin(ctx, request, model)]), listed(ctx, model)]
+
+
+def model_wanted(ctx: Context, params: Mapping[str, str]) -> str:
+    """The model in the URL, else the one that was run last."""
+    known = rows.models(ctx.store)
+    return params.get("model") or (known[0] if known else "demo")
+
+
+def begin(ctx: Context, request: gr.Request, model: str) -> Markup:
+    """The button, or why there is none."""
+    if not ctx.trusted(request):
+        words = "Starting one needs the token: open the link that the server printed at its start."
+        return tag("p", words, class_="muted")
+    count = len(rows.wide(ctx.store, model))
+    if count < 2:
+        link = tag("a", "New run", href="/new", class_="button primary", data_carry=True)
+        words = tag("p", "It takes a finished 16-bit run and at least one variant.", class_="muted")
+        return join([words, tag("p", link)])
+    button = tag("button", f"Mine {count} runs", class_="button primary", data_act={"do": "mine"})
+    more = join(["Chosen prompts, sampling and lengths: ", tag("code", "quantarena mine --help")])
+    return join([tag("p", button), tag("p", more, class_="hint")])
+
+
+def start(ctx: Context, request: gr.Request) -> Mapping[str, Any]:
+    """Queue one job over every finished run and the whole pool."""
+    name, _, revision = model_wanted(ctx, query(request)).partition("@")
+    spec = MineSpec(model=ModelRef(id=name, revision=revision))
+    job = ctx.change(request).submit(spec, device="auto")
+    return {"toast": "Mining is queued.", "go": f"/mined?id={quote(job)}"}
+
+
+def listed(ctx: Context, model: str) -> Markup:
+    """Mining jobs on the model, newest first."""
+    views = [v for v in ctx.runs.runs() if v.kind == KIND and model_of(v) == model]
+    lines = [
+        [
+            tag("a", view.recipe, href=f"/mined?id={quote(view.run_id)}", data_carry=True),
+            state_of(view),
+            look.duration(view.seconds) if view.seconds else "",
+        ]
+        for view in sorted(views, key=lambda view: -view.submitted)[:LISTED]
+    ]
+    if not lines:
+        return Markup("")
+    jobs = table(["Job", "State", "Took"], lines)
+    return tag("section", tag("h2", f"Mining jobs on {model}"), jobs, class_="card pad")
+
+
+# ---- one job -------------------------------------------------------------------------------
 
 
 def screen(ctx: Context, params: Mapping[str, str]) -> list[Markup]:

@@ -89,7 +89,30 @@ def test_other_jobs_and_unknown_ones_are_told(dug):
     ctx, _, runs = dug
     assert "no mining job" in mined.screen(ctx, {"id": runs[0]})[0]
     assert "no such job" in mined.screen(ctx, {"id": "gone"})[0]
-    assert "no such job" in mined.screen(ctx, {})[0]
+
+
+def visitor(host: str = "127.0.0.1:7860", **params: str) -> SimpleNamespace:
+    return SimpleNamespace(headers={"host": host}, cookies={}, query_params=params, client=None)
+
+
+def test_without_a_job_the_page_lists_them_and_starts_one(dug):
+    ctx, job, _ = dug
+    head, below = mined.overview(ctx, visitor())
+    assert "Mine " in head
+    assert f'href="/mined?id={job}"' in below
+    after = mined.start(ctx, visitor(model="demo"))
+    new = after["go"].partition("id=")[2]
+    view = ctx.runs.view(new)
+    assert (view.kind, mined.model_of(view)) == ("mine", "demo")
+    ctx.change(visitor()).cancel(new)
+
+
+def test_nobody_mines_a_model_without_runs_or_from_elsewhere(dug):
+    ctx, _, _ = dug
+    assert "at least one variant" in mined.overview(ctx, visitor(model="nothing"))[0]
+    strange = mined.overview(ctx, visitor(host="elsewhere.example"))[0]
+    assert "needs the token" in strange
+    assert "<button" not in strange
 
 
 def test_jobs_link_to_the_page_of_their_kind(dug):
