@@ -354,11 +354,11 @@ def error_part(error: Mapping[str, Any] | None) -> Markup | None:
     """Type, message, what to do; the traceback folded under it."""
     if not error:
         return None
-    trace = error.get("traceback")
+    kind, trace = str(error.get("type", "Error")), error.get("traceback")
     fold = tag("details", tag("summary", "Traceback"), tag("pre", trace), data_key="trace")
     return tag(
         "div",
-        tag("p", tag("b", error.get("type", "Error")), ": ", error.get("message", "")),
+        tag("p", tag("b", kind), ": ", str(error.get("message", "")).removeprefix(f"{kind}: ")),
         tag("p", "What to do: ", error["todo"]) if error.get("todo") else None,
         fold if trace else None,
         class_="error-box",

@@ -291,7 +291,9 @@ def prompt_card(
 def told_apart(view: RunView, own: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
     """Who parts first and where, and how many say what the 16-bit model says."""
     base = runs_of(view)[:1]
-    others = [r for r in own if r["run_id"] not in base or len(own) == 1]
+    others = [r for r in own if r["run_id"] not in base]
+    if not others:
+        return "no quantized variant has answered yet"
     same = sum(bool(r["same"]) for r in others)
     count = f"{same} of {len(others)} quantized variants answer as 16-bit does"
     parting = [r for r in others if not r["same"] and not pd.isna(r["parts_at"])]
