@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+
+PLACE = re.compile(r"block \d+ \S+: ")  # as a note begins that is about one linear
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -217,10 +220,21 @@ def print_results(reports: Sequence[dict[str, Any]]) -> None:
 
 def print_notes(report: dict[str, Any]) -> None:
     """What a job had to say, and what went wrong."""
-    for note in report["notes"]:
+    for note in merged(report["notes"]):
         print(f"note: {report['recipe']}: {note}")
     if report.get("error"):
         print(f"failed: {report['recipe']}: {report['error']['message']}", file=sys.stderr)
+
+
+def merged(notes: Sequence[str]) -> list[str]:
+    """Notes in their order; what many linears say alike is said once, with their number."""
+    told: dict[str, list[str]] = {}
+    for note in notes:
+        place = PLACE.match(note)
+        told.setdefault(note[place.end() :] if place else note, []).append(note)
+    return [
+        same[0] if len(same) == 1 else f"{len(same)} linears: {text}" for text, same in told.items()
+    ]
 
 
 def mine(args: argparse.Namespace) -> int:

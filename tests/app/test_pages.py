@@ -21,7 +21,7 @@ from gradio_client import Client
 
 from app import first_tour, pages, server, status
 from app.__main__ import parser
-from app.commands import specs_of
+from app.commands import merged, specs_of
 from app.context import TOKEN_NAME, Context, Picks
 from app.draft import Draft
 from app.pages import compare, jobs, new_run, run
@@ -448,3 +448,8 @@ def test_a_port_in_use_is_one_sentence():
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match="--port"):
             server.listening("127.0.0.1", port)
+
+
+def test_what_many_linears_say_alike_is_printed_once():
+    notes = ["one block", "block 0 mlp.up: A: b", "block 1 mlp.up: A: b", "block 1 mlp.down: C"]
+    assert merged(notes) == ["one block", "2 linears: A: b", "block 1 mlp.down: C"]
