@@ -146,6 +146,7 @@ LABELS = {  # in the order of columns and pickers
     "input_kurtosis_before": "Excess kurtosis of inputs, before",
     "input_kurtosis_after": "Excess kurtosis of inputs, after",
     "awq_loss": "AWQ search loss / plain",
+    "clipped_weights": "Clipped weights",
 }
 SHORT = {
     "mean_kld": "Mean KLD",

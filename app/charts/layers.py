@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from app import look
-from app.charts import Chart
+from app.charts import Chart, lkd
 from app.context import Picks
 from results_db import queries
 from results_db.store import Store
@@ -19,7 +19,8 @@ SCALE = [[0.0, "#7f2704"], [0.35, "#d94801"], [0.6, "#fdae6b"], [0.8, "#c6dbef"]
 def rows(store: Store, picks: Picks) -> pd.DataFrame:
     """One row per (block, module) of the picked per-layer value of the run `picks.id`."""
     found = queries.layers(store, picks.id)
-    found = found[found["module"] != ""]  # values of whole blocks: the chart `depth` has them
+    # Values of whole blocks and curves over steps: the charts `depth` and `lkd` have them.
+    found = found[(found["module"] != "") & (found["name"] != lkd.NAME)]
     names = available(found)
     name = picks.layer if picks.layer in names else (names[0] if names else "")
     table = found[found["name"] == name].drop_duplicates(["block", "module"], keep="last")

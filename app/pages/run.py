@@ -11,7 +11,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from app import layer_values, look, rows
-from app.charts import depth, layers
+from app.charts import depth, layers, lkd
 from app.context import Context, Picks
 from app.markup import join, tag
 from app.pages.compare import copy_line
@@ -37,6 +37,8 @@ def build(ctx: Context) -> None:
             above = live("")
             plot = plotly_chart(elem_classes="layers-plot")
             along = plotly_chart(elem_classes="layers-plot")
+        with gr.Column(elem_classes="card chart-card lessons-card"):
+            lesson = [live(""), plotly_chart(), live("")]
         with gr.Column(elem_classes="card chart-card values-card"):
             chosen = live("")
             with gr.Column(elem_classes="values-plots"):
@@ -46,7 +48,7 @@ def build(ctx: Context) -> None:
 
     def draw(request: gr.Request) -> list[str]:
         picks = Picks.read(query(request))
-        return [*screen(ctx, picks), *inside(ctx, picks)]
+        return [*screen(ctx, picks), *inside(ctx, picks), *lessons(ctx, picks)]
 
     def act(data: Mapping[str, Any], request: gr.Request) -> Mapping[str, Any]:
         return perform(ctx, data, request)
@@ -55,7 +57,7 @@ def build(ctx: Context) -> None:
         moving = [(v.run_id, v.state, v.fraction) for v in ctx.runs.runs() if not v.state.ended]
         return ctx.store.version, tuple(moving)
 
-    outputs = [head, above, plot, below, along, chosen, *pictures, values]
+    outputs = [head, above, plot, below, along, chosen, *pictures, values, *lesson]
     connect(draw, outputs, stamp=stamp, act=act)
 
 
@@ -217,6 +219,51 @@ def inside(ctx: Context, picks: Picks) -> list[str]:
         return [chart, *[""] * (layer_values.PLOTS + 2)]
     values = queries.layers(ctx.store, picks.id)
     return [chart, *layer_values.parts(folder / "statistics", values, picks)]
+
+
+def lessons(ctx: Context, picks: Picks) -> list[str]:
+    """Title, curves and their sentence or table, of a run whose blocks were distilled."""
+    table = lkd.chart_rows(ctx.store, picks)
+    if not len(table):
+        return ["", "", ""]
+    as_table = "lkd" in picks.tables
+    switch = tag(
+        "button",
+        "Show as chart" if as_table else "Show as table",
+        class_="tool",
+        aria_pressed=str(as_table).lower(),
+        aria_label=f"{lkd.CHART.title}: show as {'chart' if as_table else 'table'}",
+        data_toggle={"name": "tables", "value": "lkd"},
+    )
+    head = tag("div", tag("h2", lkd.CHART.title), switch, class_="between")
+    said = tag("p", lkd.say(table), " ", LESSON, class_="muted")
+    if as_table:
+        return [head, "", join([said, lesson_table(table)])]
+    return [head, chart_value(lkd.draw(table), lkd.say(table)), said]
+
+
+LESSON = (
+    "The loss, a share of the output's variance, is that of calibration sequences that were not "
+    "trained on; the weights of its least value, ringed, were kept."
+)
+
+
+def lesson_table(table: pd.DataFrame) -> Markup:
+    """A row per step, a column per block; the least loss of each block stands out."""
+    wide = lkd.wide(table)
+    heads = [tag("th", f"Block {block}", scope="col", class_="number") for block in wide.columns]
+    least = wide.min().tolist()
+
+    def cell(value: float, best: float) -> Markup:
+        text = look.significant(value, 4) if value == value else look.MISSING
+        return tag("td", tag("b", text) if value == best else text, class_="number")
+
+    lines = [
+        tag("tr", tag("th", step, scope="row"), map(cell, values, least))
+        for step, values in zip(wide.index.tolist(), wide.to_numpy().tolist(), strict=True)
+    ]
+    top = tag("thead", tag("tr", tag("th", "Step", scope="col"), heads))
+    return tag("div", tag("table", top, tag("tbody", lines)), class_="scroll as-table")
 
 
 def layer_head(heat: pd.DataFrame, spec_text: str) -> Markup:

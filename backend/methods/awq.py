@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from backend.formats import Format, FormatField
 from backend.formats.int_group import IntGroup
 from backend.methods import METHODS
-from backend.methods.base import LinearMethod, Seen, Target
+from backend.methods.base import ELEMENTWISE, LinearMethod, Seen, Target
 from backend.methods.smoothquant import fold
 from backend.metrics.base import Measurement
 from backend.model.quant_linear import QuantLinear
 from backend.model.stats import LayerStats, SpreadSample
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
     from backend.model.families import Block, LinearFeed, NormFeed
 
 FLOOR = 1e-4  # of a scale before normalising, as in the released auto_scale.py
@@ -41,6 +43,7 @@ class AWQ(LinearMethod):
     """
 
     kind: ClassVar[str] = "awq"
+    version: ClassVar[int] = 2  # 1 searched on four times as many tokens
     targets: ClassVar[frozenset[Target]] = frozenset({"weights"})
     needs: ClassVar = (SpreadSample,)
     prefix: ClassVar[Literal["quantized", "original"]] = "original"
@@ -60,7 +63,10 @@ class AWQ(LinearMethod):
         "channel; off: leave the output projection unscaled there, as the released code does.",
     )
     search_tokens: int = Field(
-        65536, ge=64, le=1 << 22, description="Most calibration tokens the scale search looks at."
+        16384,
+        ge=64,
+        le=1 << 22,
+        description="Most calibration tokens the scale search looks at; its time grows with them.",
     )
     clip: bool = Field(
         True, description="Search the clip range of every group; query and key weights stay whole."
@@ -76,18 +82,29 @@ class AWQ(LinearMethod):
         """First none: the block is scaled; then all linears, on inputs that carry the scales."""
         return [[], list(block.linears())]
 
+    def passes(self, samples: int, length: int) -> float:
+        """One per place to look, then attention and MLP once per ratio, on the search's tokens."""
+        return (4 + self.ratios) * min(1.0, self.search_tokens / (samples * length))
+
+    def work(self, n: int, k: int) -> float:
+        """Rounding anew for every ratio and every clip step."""
+        clipped = self.clip_shrink * self.clip_steps if self.clip else 0
+        return ELEMENTWISE * n * k * (1 + self.ratios + clipped)
+
     def apply(self, block: Block, seen: Seen) -> None:
         if not seen.stats:
             self.scale_block(block, seen)
             return
         for done, (name, stats) in enumerate(seen.stats.items()):
             linear = plain_linear(block, name)
-            whole = name.rpartition(".")[2] in LOGITS
             step = self.fitting(linear, stats)
             if step is None:
                 block.replace(name, QuantLinear.from_linear(linear))
             else:
-                block.replace(name, step.rounded(linear) if whole else step.quantize(linear, stats))
+                whole = name.rpartition(".")[2] in LOGITS
+                limit = None if whole else step.limits(linear, stats)
+                report_clipped(block, name, limit, seen)
+                block.replace(name, step.rounded(linear, limit))
             seen.progress((done + 1) / len(seen.stats))
 
     def rounded(self, linear: nn.Linear, limit: Tensor | None = None) -> QuantLinear:
@@ -98,8 +115,12 @@ class AWQ(LinearMethod):
 
     def quantize(self, linear: nn.Linear, stats: LayerStats) -> QuantLinear:
         """Clip, then round: without a block around it a linear has nothing to carry a scale."""
+        return self.rounded(linear, self.limits(linear, stats))
+
+    def limits(self, linear: nn.Linear, stats: LayerStats) -> Tensor | None:
+        """The largest magnitude that each weight may keep [N, K]; None: nothing is clipped."""
         if not self.clip:
-            return self.rounded(linear)
+            return None
         x = stats[SpreadSample].rows  # [T, K]
         if len(x) < FEWEST_TOKENS:
             raise ValueError(
@@ -115,7 +136,7 @@ class AWQ(LinearMethod):
             steps=self.clip_steps,
             tried=max(1, int(self.clip_shrink * self.clip_steps)),
         )
-        return self.rounded(linear, spread(limit, self.format, linear.in_features))
+        return spread(limit, self.format, linear.in_features)
 
     def scale_block(self, block: Block, seen: Seen) -> None:
         """Search every scale on the original weights, then fold them all."""
@@ -145,20 +166,16 @@ class AWQ(LinearMethod):
 
     def search(self, block: Block, place: Place, seen: Seen) -> Tensor:
         """The scale s [C] of one place that changes its inspected module's output least."""
-        calls, mean = capture(block, place, seen, self.search_tokens)
-        if not calls:
+        sight = look(block, place, seen, self.search_tokens)
+        if not sight.tokens:
             raise ValueError(f"{self.kind}: the scale search needs calibration inputs; none given")
-        mean = place.shared(mean)  # [C]
-        inspected = block.get(place.inspected)
-        readers = [plain_linear(block, name) for name in place.readers]
-        named = zip(place.readers, readers, strict=True)
+        mean = place.shared(sight.mean())  # [C]
+        named = zip(place.readers, sight.readers, strict=True)
         grids = [self.grid_of(name, seen, linear.in_features) for name, linear in named]
-        exact = [output(inspected, call) for call in calls]
         losses, best, least = [], torch.ones_like(mean), float("inf")
         for i in range(self.ratios):
             scale = scale_of(mean, i / self.ratios)
-            with standing_in(readers, grids, place.repeated(scale)):
-                loss = mean_squared(inspected, calls, exact)
+            loss = sight.loss(scaled(sight.readers, grids, place.repeated(scale)))
             losses.append(loss)
             if loss < least:
                 best, least = scale, loss
@@ -241,6 +258,16 @@ def plain_linear(block: Block, name: str) -> nn.Linear:
     return linear
 
 
+def report_clipped(block: Block, name: str, limit: Tensor | None, seen: Seen) -> None:
+    """The share of a linear's weights that lie over their limit [N, K]."""
+    if limit is None:
+        return
+    weight = plain_linear(block, name).weight
+    share = (weight.float().abs() > limit).float().mean().item()
+    n, layer = weight.numel(), (block.index, name)
+    seen.measure(Measurement("clipped_weights", share, "fraction", "lower", n=n, layer=layer))
+
+
 def scale_of(mean: Tensor, ratio: float) -> Tensor:
     """mean|x| [C] -> s = mean^ratio [C], its largest times its smallest being 1."""
     s = (mean**ratio).clamp_min(FLOOR)
@@ -250,60 +277,123 @@ def scale_of(mean: Tensor, ratio: float) -> Tensor:
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]  # positional and keyword arguments of a module
 
 
-def capture(block: Block, place: Place, seen: Seen, most: int) -> tuple[list[Call], Tensor]:
-    """What the inspected module receives on up to `most` tokens; mean|x| [K] of its readers."""
-    calls: list[Call] = []
-    totals: list[Tensor] = []
-    tokens = 0
+class Sight:
+    """What the search of one place sees: mean|x| of its readers, and the loss of other weights."""
 
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append((args, kwargs))
+    def __init__(self, block: Block, place: Place) -> None:
+        self.readers = [plain_linear(block, name) for name in place.readers]
+        self.tokens = 0
+        self._sum = torch.zeros(())
 
-    def add(module: nn.Module, args: tuple[Any, ...]) -> None:
-        totals.append(args[0].float().abs().flatten(0, -2).sum(0))
+    def watch(self) -> list[RemovableHandle]:
+        """Hooks that see the block's next passes."""
+        return [self.readers[0].register_forward_pre_hook(self._see)]
 
-    hooks = [
-        block.get(place.inspected).register_forward_pre_hook(keep, with_kwargs=True),
-        block.get(place.readers[0]).register_forward_pre_hook(add),
-    ]
+    def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        rows = rows_of(args)
+        self.tokens += len(rows)
+        self._sum = self._sum + rows.abs().sum(0)
+
+    def mean(self) -> Tensor:
+        """mean|x| [K]."""
+        return self._sum / self.tokens
+
+    def loss(self, weights: Sequence[Tensor]) -> float:
+        """Mean squared change of the inspected output, were the readers' weights these; fp32."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss")
+
+
+class LoneSight(Sight):
+    """The reader itself is inspected. Its output being linear in its weights, |X E^T|^2 is
+    trace(E X^T X E^T): the [K, K] matrix of all tokens stands for them in every loss.
+    """
+
+    def __init__(self, block: Block, place: Place) -> None:
+        super().__init__(block, place)
+        self._products = torch.zeros(())
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        super()._see(module, args)
+        rows = rows_of(args)
+        self._products = self._products + rows.T @ rows  # [K, K]
+
+    def loss(self, weights: Sequence[Tensor]) -> float:
+        (linear,), (w,) = self.readers, weights
+        error = w.float() - linear.weight.float()  # [N, K]
+        return ((error @ self._products * error).sum() / (self.tokens * len(error))).item()
+
+
+class ModuleSight(Sight):
+    """Attention or MLP is inspected: its calls are kept and made again with other weights."""
+
+    def __init__(self, block: Block, place: Place) -> None:
+        super().__init__(block, place)
+        self.inspected = block.get(place.inspected)
+        self._calls: list[tuple[Call, Tensor]] = []  # and the exact output
+
+    def watch(self) -> list[RemovableHandle]:
+        keep = self.inspected.register_forward_hook(self._keep, with_kwargs=True)
+        return [*super().watch(), keep]
+
+    def _keep(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
+        self._calls.append(((args, kwargs), first(out)))
+
+    def loss(self, weights: Sequence[Tensor]) -> float:
+        with standing_in(self.readers, weights):
+            errors = [
+                (first(self.inspected(*args, **kwargs)).float() - exact.float()).square().sum()
+                for (args, kwargs), exact in self._calls
+            ]
+        total = sum(exact.numel() for _, exact in self._calls)
+        return (torch.stack(errors).sum() / total).item()
+
+
+def look(block: Block, place: Place, seen: Seen, most: int) -> Sight:
+    """What a place's search sees on up to `most` tokens, in whole batches, at least one."""
+    sight = (LoneSight if place.readers == (place.inspected,) else ModuleSight)(block, place)
+    hooks = sight.watch()
     try:
         for hidden, arguments in seen.inputs():
-            if tokens and tokens + hidden.shape[0] * hidden.shape[1] > most:
+            if sight.tokens and sight.tokens + hidden.shape[0] * hidden.shape[1] > most:
                 break
             block.module(hidden, **arguments)
-            tokens += hidden.shape[0] * hidden.shape[1]
     finally:
         for hook in hooks:
             hook.remove()
-    return calls, torch.stack(totals).sum(0) / tokens if totals else torch.empty(0)
+    return sight
 
 
-def output(module: nn.Module, call: Call) -> Tensor:
+def rows_of(args: tuple[Any, ...]) -> Tensor:
+    """What a linear is given [..., K] -> [tokens, K], fp32."""
+    x: Tensor = args[0]
+    return x.float().flatten(0, -2)
+
+
+def first(out: Any) -> Tensor:
     """What a module gives; attention returns a tuple with it first."""
-    args, kwargs = call
-    out = module(*args, **kwargs)
-    return out[0] if isinstance(out, tuple) else out
+    tensor: Tensor = out[0] if isinstance(out, tuple) else out
+    return tensor
 
 
-def mean_squared(module: nn.Module, calls: Sequence[Call], exact: Sequence[Tensor]) -> float:
-    """Mean squared difference of the module's outputs from `exact`, in fp32."""
-    errors = [
-        (output(module, call).float() - y.float()).square().sum()
-        for call, y in zip(calls, exact, strict=True)
+def scaled(
+    readers: Sequence[nn.Linear], grids: Sequence[Format | None], scale: Tensor
+) -> list[Tensor]:
+    """Q(W s) / s of every reader on its grid, W where it has none; scale [K]."""
+    return [
+        w if grid is None else (grid.fake(w.float() * scale) / scale).to(w.dtype)
+        for w, grid in zip((linear.weight.data for linear in readers), grids, strict=True)
     ]
-    return (torch.stack(errors).sum() / sum(y.numel() for y in exact)).item()
 
 
 @contextmanager
-def standing_in(
-    readers: Sequence[nn.Linear], grids: Sequence[Format | None], scale: Tensor
-) -> Iterator[None]:
-    """The readers with weights Q(W s) / s instead of W, each on its grid, if any; scale [K]."""
+def standing_in(readers: Sequence[nn.Linear], weights: Sequence[Tensor]) -> Iterator[None]:
+    """The readers with other weights."""
     kept = [linear.weight.data for linear in readers]
     try:
-        for linear, w, grid in zip(readers, kept, grids, strict=True):
-            if grid is not None:
-                linear.weight.data = (grid.fake(w.float() * scale) / scale).to(w.dtype)
+        for linear, w in zip(readers, weights, strict=True):
+            linear.weight.data = w
         yield
     finally:
         for linear, w in zip(readers, kept, strict=True):

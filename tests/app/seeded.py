@@ -129,6 +129,13 @@ def _events(spec: RunSpec, text: str, at: int) -> Iterator[dict[str, Any]]:
                 yield _measurement(
                     "size", "output_sqnr", db, "dB", "higher", 1, None, "", layer=[block, module]
                 )
+        for block in range(4):
+            for at in range(0, 30, 5):
+                loss = 0.02 * (block + 1) * (0.6 + 0.4 / (1 + at)) + 1e-4 * max(0, at - 15)
+                yield _measurement(
+                    "quantize", "lkd_loss", loss, "x", "lower", 1, None, "",
+                    layer=[block, f"step {at:04d}"],
+                )  # fmt: skip
     if recipe.family == "gptq" and recipe.bits == "2":
         yield {
             "type": "note",

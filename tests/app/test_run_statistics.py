@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from app import layer_values
-from app.charts import depth, layers
+from app.charts import depth, layers, lkd
 from app.context import Context, Picks
 from app.pages import run
 from backend.model.checkpoint import Checkpoint
@@ -158,3 +158,38 @@ def test_depth_names_the_end_and_the_worst_block_and_leaves_infinity_out(walked)
     )
     assert depth.draw(lossless).data[1].y == (None,)
     assert "none" in depth.say(lossless)
+
+
+def curve(*losses: float, block: int = 0) -> pd.DataFrame:
+    steps = [5 * at for at in range(len(losses))]
+    return pd.DataFrame({"block": block, "step": steps, "value": losses})
+
+
+def test_the_kept_step_of_a_distilled_block_is_ringed_and_its_gain_told():
+    table = pd.concat([curve(0.4, 0.1, 0.2), curve(0.2, 0.3, block=1)], ignore_index=True)
+    lines = lkd.draw(table).data
+    assert [line.name for line in lines] == ["block 0", "block 1"]
+    assert lines[0].marker.symbol == ("circle", "circle-open", "circle")
+    assert lines[1].marker.symbol == ("circle-open", "circle")
+    said = lkd.say(table)
+    assert "62.5 % of the held-out" in said
+    assert "least in block 1, where 100.0 % is left" in said
+    assert "25.0 %" in lkd.say(table[table["block"] == 0])
+    lossless = lkd.draw(curve(0.1, 0.0))
+    assert lossless.data[0].y == (0.1, None)  # a log axis has no place for 0
+
+
+def test_a_distilled_run_shows_its_curves_or_their_table(walked):
+    ctx, run_id = walked
+    head, chart, said = run.lessons(ctx, Picks(id=run_id))
+    assert "Show as table" in head
+    assert len(figure_of(chart)["data"]) == 4
+    assert "ringed" in said
+    head, chart, said = run.lessons(ctx, Picks(id=run_id, tables=("lkd",)))
+    assert "Show as chart" in head
+    assert not chart
+    assert said.count("<tr") == 1 + 6
+    assert said.count("<b>") == 4
+    assert "lkd_loss" not in layers.rows(ctx.store, Picks(id=run_id)).attrs["names"]
+    plain = next(v.run_id for v in ctx.runs.runs() if v.state is State.DONE and not v.spec.steps)
+    assert run.lessons(ctx, Picks(id=plain)) == ["", "", ""]

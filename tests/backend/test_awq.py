@@ -18,9 +18,9 @@ from backend import recipes
 from backend.formats import FORMATS
 from backend.formats.int_group import IntGroup
 from backend.layer import arguments_of, quantize_block, quantize_layer, smooth
-from backend.methods.awq import AWQ, Place, clip_limits, scale_of, spread
+from backend.methods.awq import AWQ, LoneSight, Place, clip_limits, scale_of, spread
 from backend.metrics.base import Measurement
-from backend.model.families import FAMILIES, blocks_of
+from backend.model.families import FAMILIES, OPT, Block, blocks_of
 from backend.model.quant_linear import QuantLinear
 from backend.model.stats import SpreadSample
 from backend.pipeline import quantize
@@ -275,6 +275,41 @@ def test_clipping_never_errs_more_on_the_sampled_tokens():
     clipped, plain = errors(fmt.fake(w.clamp(-limit, limit))), errors(fmt.fake(w))
     assert (clipped <= plain * (1 + 1e-5)).all()
     assert (clipped < 0.9 * plain).any()
+
+
+@torch.no_grad()
+def test_a_lone_readers_loss_is_that_of_its_outputs():
+    """What [K, K] says of all tokens against the outputs themselves, whatever the weights."""
+    block = Block(0, nn.ModuleDict({"norm": nn.RMSNorm(40), "fc": nn.Linear(40, 12)}), OPT)
+    sight = LoneSight(block, Place("norm", ("fc",), "fc", norm=True))
+    batches = [normal(2, 30, 40), normal(3, 7, 40, seed=1)]
+    linear = block.get("fc")
+    hooks = sight.watch()
+    for x in batches:
+        linear(x)
+    for hook in hooks:
+        hook.remove()
+    x, other = torch.cat([b.flatten(0, 1) for b in batches]), normal(12, 40, seed=2)
+    torch.testing.assert_close(sight.mean(), x.abs().mean(0))
+    exact = (x.double() @ (other - linear.weight).double().T).square().mean().item()
+    assert sight.loss([other]) == pytest.approx(exact, rel=1e-5)
+    assert sight.loss([linear.weight]) == 0
+
+
+def test_clipped_weights_are_counted(make_model):
+    found: list[Measurement] = []
+    model = make_model("llama")
+    quantize(model, [AWQ(format=IntGroup(bits=3, group=16))], ids(), Forgetful(),
+             measure=found.append)  # fmt: skip
+    shares = {m.layer: m.value for m in found if m.name == "clipped_weights"}
+    assert {name.rpartition(".")[2] for _, name in shares} == {
+        "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    assert all(0 <= share < 0.5 for share in shares.values())
+    assert any(share > 0.02 for share in shares.values())
+    found.clear()
+    quantize(make_model("llama"), [AWQ(clip=False)], ids(), Forgetful(), measure=found.append)
+    assert not any(m.name == "clipped_weights" for m in found)
 
 
 # ---- grouped-query attention ---------------------------------------------------------------

@@ -1,0 +1,58 @@
+"""`quantarena bench` on methods: each really solves its layer, and ratios are to GPTQ's time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from backend import bench
+from backend.layer import quantize_layer
+from backend.methods import METHODS
+from backend.model.quant_linear import QuantLinear
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", [name for name in bench.SOLVERS if name != "awq"])
+def test_a_timed_layer_is_what_the_method_makes_of_the_weight(name):
+    weight, inputs = normal(24, 32), normal(40, 32, seed=1)
+    step = METHODS.build(bench.SOLVERS[name])
+    normed = inputs / inputs.square().mean(1, keepdim=True).sqrt()
+    expected = quantize_layer(step, weight, normed).weight
+    off = (bench.solve(step, weight, inputs).weight - expected).abs() > 1e-4
+    # The norm's own epsilon moves inputs in the last place, which may turn a tie.
+    assert off.float().mean() < 0.02
+
+
+def test_awqs_time_holds_its_search_for_a_scale():
+    weight, inputs = normal(24, 32), normal(200, 32, seed=1)
+    inputs[:, 5] *= 40
+    step = METHODS.build({"kind": "awq", "format": {"kind": "int", "bits": 3, "group": 0}})
+    solved = bench.solve(step, weight, inputs)
+    assert isinstance(solved, QuantLinear)
+    exact = torch.nn.RMSNorm(32)(inputs)
+    alone = quantize_layer(step, weight, exact).weight  # clipped, but nothing carries a scale
+    loudest = solved.weight.norm(dim=0).argmax()
+    assert loudest == 5
+    assert (alone.norm(dim=0) / weight.norm(dim=0))[5] < 2
+
+
+def test_rows_compare_with_gptq_of_the_same_run(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SIDE", 32)
+    monkeypatch.setattr(bench, "TOKENS", 24)
+    monkeypatch.setattr(bench, "ROUNDS", 2)
+    rows = {row["method"]: row for row in bench.time_methods(list(bench.SOLVERS))}
+    assert list(rows) == ["gptq", "awq", "spqr", "bcq"]
+    assert rows["gptq"]["ratio_to_gptq"] == 1
+    for row in rows.values():
+        expected = row["median_s"] / rows["gptq"]["median_s"]
+        assert row["ratio_to_gptq"] == pytest.approx(expected)
+        assert row["step"] == METHODS.build(row["step"]).data()
+    assert "x gptq" in capsys.readouterr().out
+    (alone,) = bench.time_methods(["bcq"])
+    assert alone["ratio_to_gptq"] is None
+    assert "gptq" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="unknown kernel or method 'gtpq'"):
+        bench.bench(["gtpq"])
