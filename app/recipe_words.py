@@ -28,6 +28,9 @@ NAMES = {
     "gguf": "GGUF",
     "llm_int8": "LLM.int8()",
     "bnb_int8": "LLM.int8() (bitsandbytes)",
+    "kv_cache": "KV cache",
+    "kivi": "KIVI",
+    "kvquant": "KVQuant",
     "obq": "OBQ",
     "sparsegpt": "SparseGPT",
     "zeroquant": "ZeroQuant",
@@ -173,7 +176,9 @@ def told(step: Step) -> dict[str, Any]:
     grid = step.get("format")
     always = ("kind", "bits") + (("group",) if step.get("group") else ())
     kept = {
-        k: v for k, v in step.items() if k in always or (k != "format" and v != defaults.get(k))
+        k: _told_format(v) if isinstance(v, Mapping) else v
+        for k, v in step.items()
+        if k in always or (k != "format" and v != defaults.get(k))
     }
     return kept | ({"format": _told_format(grid)} if grid else {})
 
@@ -194,6 +199,9 @@ def _name(steps: Sequence[Step], quiet: frozenset[str]) -> str:
     weights, acts = _bits(steps, "weights"), _bits(steps, "activations")
     kinds = [kind_name(s["kind"]) for s in steps if s["kind"] != "activations"]
     code = f"W{weights}" + (f"A{acts}" if acts != "16" else "") if weights != "16" else f"A{acts}"
+    cached = _bits(steps, "kv_cache")
+    if cached != "16":
+        code = ("" if code == "A16" else code) + f"KV{cached}"
     knobs = [word for step in steps for word in _knob_words(step, quiet)]
     name = " ".join([*kinds, *([code] if code != "A16" else []), *dict.fromkeys(knobs)])
     rules = [rule_words(rule) for step in steps for rule in step.get("layers") or ()]
@@ -265,6 +273,10 @@ def _grid_words(grid: Step) -> list[str]:
 
 def _knob(name: str, value: Any) -> str:
     word = WORDS.get(name, name.replace("_", " "))
+    if isinstance(value, Mapping):  # a format that is not the step's only one
+        inside = [*_grid_words(value), *(["INT"] if value["kind"] == DEFAULT_FORMAT else [])]
+        inside += [f"{value['bits']:g} bits"] if "bits" in value else []
+        return " ".join([word, *inside, *([f"g{value['group']}"] if value.get("group") else [])])
     if isinstance(value, bool):
         return word if value else f"no {word}"
     return f"{word} {value:g}" if isinstance(value, float) else f"{word} {value}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +14,17 @@ import psutil
 from backend.environment import cores, gpus
 
 if TYPE_CHECKING:
+    from backend.methods import Method
+    from backend.model.families import Block
     from backend.model.identity import ModelFacts
-    from backend.registry import Part
     from backend.spec import RunSpec
 
 PROGRAM_BYTES = 700 << 20  # Python with torch and transformers loaded
 CORE_FLOPS = 30e9  # fp32 matrix products of one core; measured 25-45
 GPU_FLOPS = 200e12  # bf16 matrix products of one recent GPU
+HEADER_BYTES = 900  # of one saved linear: names, shapes, its format
 UNSURE = 3.0  # the guess may be off by this factor, down and up
+COLUMN_S = 1e-4  # of one column of one linear, however long: a few dozen small operations
 START_S = 2.0  # of one stage: load, restore
 TEXT_TOKENS = 250_000  # of an evaluation text whose windows are not limited
 TASK_TOKENS = 200  # prompt and answers of one task item
@@ -81,7 +85,7 @@ def memory(
 ) -> tuple[int, dict[str, int]]:
     """Peak of main memory, and the parts of the peak on the device."""
     weights = facts.parameters * itemsize
-    codes = facts.linear_parameters if spec.steps else 0  # one byte per code while simulated
+    codes = facts.linear_parameters if spec.walks else 0  # one byte per code while simulated
     stream = stream_bytes(spec, shape, itemsize)
     hessians = hessian_bytes(spec, shape)
     logits = 3 * window_of(spec, facts) * shape.vocabulary * 4  # ours, the baseline's, fp32 copies
@@ -128,38 +132,114 @@ def window_of(spec: RunSpec, facts: ModelFacts) -> int:
 
 
 def disk_bytes(spec: RunSpec, facts: ModelFacts, itemsize: int) -> int:
-    """Saved blocks."""
-    if not spec.steps:
+    """Saved blocks: every linear as its own step stores it, kept ones as they compute."""
+    if not spec.walks:
         return 0
-    grid = weight_grid(spec)
-    if grid is None:
-        return facts.linear_parameters * itemsize
-    group = getattr(grid, "group", 0) or shape_of(facts.config).width
-    bits = grid.code_bits() + (32 + grid.code_bits()) / group  # type: ignore[attr-defined]
-    return round(facts.linear_parameters * bits / 8)
+    total = 0.0
+    for matrix in matrices_of(facts):
+        bits = [stored_bits(step, matrix) for step in spec.steps]
+        total += matrix.weights * next((b for b in bits if b is not None), 8 * itemsize) / 8
+        total += HEADER_BYTES
+    return round(total)
 
 
-def weight_grid(spec: RunSpec) -> Part | None:
-    """The format of the step that rounds weights."""
-    grids = [getattr(s, "format", None) for s in spec.steps if "weights" in s.targets]
-    return next((grid for grid in grids if grid is not None), None)
+def stored_bits(step: Method, matrix: Matrix) -> float | None:
+    """Of a weight, scales and outliers included; None where the step leaves it as it is."""
+    if step.exact or "weights" not in step.targets:
+        return None
+    found = step.on_linear(matrix.block, matrix.blocks, matrix.name)
+    return None if found is None else found.stored_bits(matrix.n, matrix.k, matrix.in_attention)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One linear of one block, whose weights nobody has looked at."""
+
+    block: Block
+    blocks: int
+    name: str
+    n: int
+    k: int
+
+    @property
+    def weights(self) -> int:
+        """N times K."""
+        return self.n * self.k
+
+    @property
+    def in_attention(self) -> bool:
+        """Else in the feed-forward part."""
+        return self.block.family.is_attention(self.name)
+
+
+def matrices_of(facts: ModelFacts) -> list[Matrix]:
+    """Every linear of every block, in order, sizes from the config."""
+    from torch import nn
+
+    from backend.model.families import Block, family_of
+
+    family = family_of(facts.config)
+    sizes = sizes_of(facts.config)
+    return [
+        Matrix(Block(index, nn.Module(), family), facts.blocks, name, *sizes[leaf])
+        for index in range(facts.blocks)
+        for name in chain(*family.waves)
+        if (leaf := name.rpartition(".")[2]) in sizes
+    ]
+
+
+def sizes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """{last part of a linear's name: [N, K]}."""
+    shape = shape_of(config)
+    heads = int(config.get("num_attention_heads") or 1)
+    head = int(config.get("head_dim") or shape.width // heads)
+    queries, keys = heads * head, int(config.get("num_key_value_heads") or heads) * head
+    sizes = {
+        ("q_proj",): (queries, shape.width),
+        ("k_proj", "v_proj"): (keys, shape.width),
+        ("qkv_proj", "query_key_value"): (queries + 2 * keys, shape.width),
+        ("o_proj", "out_proj", "dense"): (shape.width, queries),
+        ("gate_proj", "up_proj", "fc1", "dense_h_to_4h"): (shape.inner, shape.width),
+        ("gate_up_proj",): (2 * shape.inner, shape.width),
+        ("down_proj", "fc2", "dense_4h_to_h"): (shape.width, shape.inner),
+    }
+    return {name: size for names, size in sizes.items() for name in names}
 
 
 def seconds(spec: RunSpec, facts: ModelFacts, shape: Shape, cuda: bool) -> tuple[float, float]:
     """Low and high guess of the whole run."""
     rate = GPU_FLOPS if cuda else CORE_FLOPS * cores()
-    per_token = 2.0 * facts.parameters
-    work = per_token * evaluated_tokens(spec, facts)
+    work = 2.0 * facts.parameters * evaluated_tokens(spec, facts)
+    matrices = matrices_of(facts) if spec.steps else []
     if spec.needs_calibration():
         tokens = spec.calibration.samples * spec.calibration.length
-        size = (spec.calibration.samples, spec.calibration.length)
-        passes = CALIBRATED_PASSES + sum(step.passes(*size) for step in spec.steps)
-        work += 2.0 * facts.linear_parameters * tokens * passes
-    if hessian_bytes(spec, shape):
-        # Column by column on small pieces: a tenth of the speed of large products.
-        work += 10 * facts.linear_parameters * (2.0 * shape.width + shape.inner)
-    middle = START_S * len(spec.stages()) + work / rate
+        work += 2.0 * facts.linear_parameters * tokens * passes_of(spec, matrices)
+        if hessian_bytes(spec, shape):  # one for q, k and v, for o, for gate and up, and for down
+            work += 2.0 * tokens * facts.blocks * (3 * shape.width**2 + shape.inner**2)
+    solved = sum(spent_on(step, matrix, rate) for step in spec.steps for matrix in matrices)
+    middle = START_S * len(spec.stages()) + work / rate + solved
     return middle / UNSURE, middle * UNSURE
+
+
+def passes_of(spec: RunSpec, matrices: Sequence[Matrix]) -> float:
+    """Forward passes of all calibration sequences through a block, the mean over the blocks."""
+    blocks = {matrix.block.index: matrix for matrix in matrices}.values()
+    size = (spec.calibration.samples, spec.calibration.length)
+    asked = [
+        lead.passes(*size)
+        for step in spec.steps
+        for matrix in blocks
+        if (lead := step.on_block(matrix.block, matrix.blocks)) is not None
+    ]
+    return CALIBRATED_PASSES + sum(asked) / max(1, len(blocks))
+
+
+def spent_on(step: Method, matrix: Matrix, rate: float) -> float:
+    """Seconds that a step spends on the weights of one linear."""
+    found = step.on_linear(matrix.block, matrix.blocks, matrix.name)
+    if found is None:
+        return 0.0
+    return found.work(matrix.n, matrix.k) / rate + found.sweeps() * matrix.k * COLUMN_S
 
 
 def evaluated_tokens(spec: RunSpec, facts: ModelFacts) -> int:

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +141,11 @@ class Stage:
         run = self.open(self.spec, dtype, side_by_side=side_by_side)
         for at, metric in enumerate(metrics):
             run.on_progress = self.progress_of(metric, at, len(metrics))
+            run.caches.start_count()
             self.warn(metric)
             source = Source.of_metric(metric, run)
             for measured in metric.measure(run):
-                self.report(measured, source)
+                self.report(with_cache(measured, run), source)
         self.progress_of(metrics[-1], len(metrics) - 1, len(metrics))(1, 1, "")
 
     def open(self, spec: RunSpec, dtype: torch.dtype, *, side_by_side: bool = True) -> Run:
@@ -284,6 +285,14 @@ class Source:
                 "dtype": str(dtype).removeprefix("torch."),
             }
         )
+
+
+def with_cache(measured: Measurement, run: Run) -> Measurement:
+    """With the share of cached keys and values that were rounded when it was measured."""
+    told = run.caches.told()
+    if not told:
+        return measured
+    return replace(measured, detail={**measured.detail, "cache_rounded": told})
 
 
 def write_missing(plain: Run, metric: TextMetric, stored: StoredBaseline) -> None:

@@ -191,7 +191,9 @@ def built(step: Step) -> Method:
 
 
 def check_shapes(method: Method, weight: Tensor, inputs: Tensor | None) -> None:
-    """ValueError unless weight is [N, K] and inputs end in K."""
+    """ValueError unless the method acts on a weight [N, K] and inputs end in K."""
+    if not method.in_blocks:
+        raise ValueError(f"{method.kind} rounds cached keys and values, no linear")
     if weight.dim() != 2:
         raise ValueError(f"{method.kind}: weight must be [N, K], got shape {list(weight.shape)}")
     if inputs is not None and (inputs.dim() not in (2, 3) or inputs.shape[-1] != weight.shape[1]):

@@ -97,7 +97,7 @@ def quantize(
         kinds = ", ".join(step.kind for step in steps if step.gathered())
         raise ValueError(f"{kinds}: calibration tokens are needed, none were given")
     for number, step in enumerate(steps if unfinished else ()):
-        seen = Seen({}, **seen_of(listener, None, seed_of(seed, -1, number)))
+        seen = Seen({}, device=device, **seen_of(listener, None, seed_of(seed, -1, number)))
         step.before(model, ids if ids is not None else torch.empty(0, 0).long(), seen)
     streams = Streams(model, blocks, steps, shown if unfinished else None, device, listener)
     for block in blocks:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from backend import data
 from backend.baseline import Baseline, LiveBaseline, StoredBaseline, trace_folder
+from backend.cache.build import Caches, cache_argument
 from backend.model import loading
 from backend.model.checkpoint import Checkpoint
 from backend.model.families import Block, blocks_of
@@ -56,6 +57,9 @@ class Run:
         self.note = on_note or (lambda text: None)
         self.should_stop = should_stop or (lambda: False)
         self._made: dict[str, Any] = {}
+        self.caches = Caches(model, spec.steps, packed=spec.storage == "packed")
+        for text in self.caches.notes:
+            self.note(text)
 
     @classmethod
     def open(
@@ -73,11 +77,12 @@ class Run:
         `dtype` None: what the spec's storage computes in on this device.
         """
         dtype = dtype or compute_dtype(spec, device, spec.storage)
-        model, tokenizer = loading.load(spec.model, "cpu" if spec.steps else device, dtype)
-        if spec.steps:
+        model, tokenizer = loading.load(spec.model, "cpu" if spec.walks else device, dtype)
+        if spec.walks:
             if blocks is None:
                 raise ValueError("a run with steps needs the folder of its quantized blocks")
-            kept = any(rule.keep for step in spec.steps for rule in step.layers)
+            weights = [step for step in spec.steps if "weights" in step.targets]
+            kept = not weights or any(rule.keep for step in weights for rule in step.layers)
             packed = spec.storage == "packed"
             put_in(model, Checkpoint(blocks), device, packed=packed, kept=kept)
         name = str(dtype).removeprefix("torch.")
@@ -90,9 +95,16 @@ class Run:
     def logits(self, ids: Tensor, *, keep: int = 0) -> Tensor:
         """ids [B, T] -> [B, T, V] in the compute dtype, no cache between calls.
 
-        `keep`: only of the last so many positions, [B, keep, V]; 0 is all.
+        `keep`: only of the last so many positions, [B, keep, V]; 0 is all. Attention reads rounded
+        keys and values where the recipe rounds them.
         """
-        out = self.model(input_ids=ids.to(self.device), use_cache=False, **self._last(keep))
+        how: dict[str, Any] = {"use_cache": False, **self._last(keep)}
+        if self.caches.rounds:
+            cache = self.caches.new(scoring=True)
+            how |= {"use_cache": True, cache_argument(self.model): cache}
+        out = self.model(input_ids=ids.to(self.device), **how)
+        if self.caches.rounds:
+            self.caches.count(cache)
         return out.logits[:, -keep:]
 
     def generate(
@@ -109,20 +121,22 @@ class Run:
 
         Also stops where the context is full.
         """
-        from transformers import DynamicCache
-
-        cache = {cache_argument(self.model): DynamicCache(config=cast(Any, self.model.config))}
+        cache = self.caches.new()
         source = torch.Generator(self.device).manual_seed(seed)
         ends = set() if ignore_end else self.end_tokens()
         step = ids.to(self.device)
-        for _ in range(min(max_new, self.context - ids.shape[1])):
-            with torch.inference_mode():
-                out = self.model(input_ids=step, use_cache=True, **cache)
-                token = choose(out.logits[0, -1].float(), temperature, top_p, source)
-            if token in ends:
-                return
-            yield token
-            step = torch.tensor([[token]], device=self.device)
+        try:
+            for _ in range(min(max_new, self.context - ids.shape[1])):
+                with torch.inference_mode():
+                    given = {cache_argument(self.model): cache}
+                    out = self.model(input_ids=step, use_cache=True, **given)
+                    token = choose(out.logits[0, -1].float(), temperature, top_p, source)
+                if token in ends:
+                    return
+                yield token
+                step = torch.tensor([[token]], device=self.device)
+        finally:
+            self.caches.count(cache)
 
     def _last(self, keep: int) -> dict[str, int]:
         """Tells the model to compute the logits of the last `keep` positions, if it can be told."""
@@ -167,9 +181,12 @@ class Run:
         """Hash of token ids."""
         return data.data_hash(ids)
 
-    def batch_size(self, length: int) -> int:
-        """Sequences of `length` tokens per forward pass, a power of two."""
-        if not self.rows_independent():
+    def batch_size(self, length: int, *, padded: bool = False) -> int:
+        """Sequences of `length` tokens per forward pass, a power of two.
+
+        `padded`: some are shorter and filled up, which some caches would round with the rest.
+        """
+        if not self.rows_independent() or (padded and self.caches.mixes_tokens):
             return 1
         room = LOGIT_ELEMENTS[torch.device(self.device).type] // (length * self.vocabulary)
         return 1 << (max(1, min(room, LARGEST_BATCH)).bit_length() - 1)
@@ -226,12 +243,6 @@ class Run:
 def compute_dtype(spec: RunSpec, device: str, storage: Storage) -> torch.dtype:
     """What a run of this storage computes in on this device."""
     return loading.compute_dtype(spec.model, device, storage, find_model(spec.model).config)
-
-
-def cache_argument(model: nn.Module) -> str:
-    """What the model's forward calls its key-value cache: transformers renames it in 5.40."""
-    taken = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in taken else "past_key_values"
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, source: torch.Generator) -> int:

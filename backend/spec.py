@@ -105,6 +105,18 @@ class RunSpec(JobSpec):
             raise ValueError(f"{early} hides the inputs that the weight step needs; put it last")
         return self
 
+    @model_validator(mode="after")
+    def _one_cache(self) -> Self:
+        kinds = [step.kind for step in self.steps if "kv_cache" in step.targets]
+        if len(kinds) > 1:
+            raise ValueError(f"{', '.join(kinds)}: keys and values are cached once; keep one step")
+        return self
+
+    @property
+    def walks(self) -> bool:
+        """True if a step rewrites blocks or is calibrated on them."""
+        return any(step.in_blocks or step.fits for step in self.steps)
+
     @property
     def is_baseline(self) -> bool:
         """True for the unquantized model."""
@@ -112,11 +124,11 @@ class RunSpec(JobSpec):
 
     def targets(self) -> list[str]:
         """What is quantized: weights, activations, kv_cache."""
-        return sorted({target for step in self.steps for target in step.targets})
+        return sorted({target for step in self.steps for target in step.rounded_targets()})
 
     def needs_calibration(self) -> bool:
         """True if any step looks at calibration inputs."""
-        return any(step.gathered() for step in self.steps)
+        return any(step.fits or step.gathered() for step in self.steps)
 
     def artifact_id(self) -> str:
         """What quantization makes: 12 hex over model, steps, calibration data, seed, storage."""
@@ -135,7 +147,7 @@ class RunSpec(JobSpec):
         """Stages in order, a process each: quantize, evaluate, then one per lone metric."""
         together = [m for m in self.metrics if not m.alone]
         alone = [m.kind for m in self.metrics if m.alone]
-        return (["quantize"] if self.steps else []) + (["evaluate"] if together else []) + alone
+        return (["quantize"] if self.walks else []) + (["evaluate"] if together else []) + alone
 
     def metrics_of(self, stage: str) -> list[Any]:
         """The metrics measured in one stage."""

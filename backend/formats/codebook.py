@@ -18,8 +18,10 @@ BLOCK = 256  # scales that share a second-level scale
 SHARED = ("second", "offset")  # parameters of the whole matrix, not of one group
 
 
-def normal_float() -> list[float]:
+def normal_float(bits: int = 4) -> list[float]:
     """NF4: 8 positive and 7 negative quantiles of the normal distribution, and 0, within [-1, 1].
+
+    Of other widths half of all codes above 0, one less below.
 
     Dettmers et al. 2023, "QLoRA", appendix E; 0.9677083 is the released code's outermost quantile.
     """
@@ -28,7 +30,8 @@ def normal_float() -> list[float]:
     def quantiles(count: int) -> Tensor:
         return normal.icdf(torch.linspace(0.9677083, 0.5, count + 1, dtype=torch.float64)[:-1])
 
-    levels = torch.cat([-quantiles(7), torch.zeros(1), quantiles(8).flip(0)])
+    half = 2 ** (bits - 1)
+    levels = torch.cat([-quantiles(half - 1), torch.zeros(1), quantiles(half).flip(0)])
     return (levels / levels.max()).tolist()
 
 

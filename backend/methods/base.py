@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
@@ -13,13 +14,17 @@ from backend.formats import FORMATS, Format
 from backend.layer_rules import On, Rules
 from backend.metrics.base import Measurement
 from backend.model.quant_linear import QuantLinear
-from backend.model.stats import LayerStats, Stat
+from backend.model.stats import Hessian, LayerStats, Stat
 from backend.registry import Part, made, nearest
 
 if TYPE_CHECKING:
+    from transformers.cache_utils import CacheLayerMixin
+
     from backend.model.families import Block
 
 Target = Literal["weights", "activations", "kv_cache"]
+ELEMENTWISE = 800.0  # operations of a product in the time that rounding one weight takes
+SAMPLE_ROWS = 16  # SpQR's second level shares a range over so many
 BlockInput = tuple[Tensor, Mapping[str, Any]]  # hidden states [B, T, D], keywords of the block
 
 
@@ -36,7 +41,9 @@ class Seen:
         measure: Callable[[Measurement], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
         seed: int = 0,
+        device: torch.device | str = "cpu",
     ) -> None:
+        self.device = torch.device(device)  # where `before` may put the whole model
         self.stats = stats  # linear name -> its statistics
         self.steps: Mapping[str, Method] | None = None  # under layer rules, of every linear
         self._inputs = inputs
@@ -90,6 +97,10 @@ class Method(Part):
     exact: ClassVar[bool] = False  # True: rewrites the block, changes no output
     family: ClassVar[str] = ""  # colour on charts; "" is the kind itself
     fixed_bits: ClassVar[float | None] = None  # of a code, where no knob and no format says
+    in_blocks: ClassVar[bool] = True  # False: leaves blocks alone, acts in the cache only
+    fits: ClassVar[bool] = (
+        False  # True: `before` looks at calibration tokens and keeps what it fits
+    )
     by_module: ClassVar[bool] = False  # True: `apply` treats each linear of a wave on its own
     of_block: ClassVar[frozenset[str]] = frozenset()  # knobs that no rule for modules can change
     layers: Rules = Field(
@@ -163,6 +174,10 @@ class Method(Part):
         """Bits of one code of a target where no `format` and no `bits` says; 16: left alone."""
         return self.fixed_bits
 
+    def rounded_targets(self) -> frozenset[Target]:
+        """The targets that these knobs, or those of a layer rule, do not leave in 16 bits."""
+        return frozenset(t for s in self.variants() for t in s.targets if s.code_bits(t) != 16)
+
     def wanted(self) -> tuple[type[Stat], ...]:
         """The statistics these knobs need; all of `needs` unless a method narrows it."""
         return self.needs
@@ -175,12 +190,52 @@ class Method(Part):
         """Forward passes over all calibration sequences that `apply` takes, for estimates."""
         return 0.0
 
+    def work(self, n: int, k: int) -> float:
+        """Operations on the weights [N, K] of one linear, counted as those of large products.
+
+        For estimates. Solving with a Hessian updates what is left after every few columns.
+        """
+        if "weights" not in self.targets:
+            return 0.0
+        return ELEMENTWISE * n * k + (4.0 * n * k * k if Hessian in self.wanted() else 0.0)
+
+    def sweeps(self) -> float:
+        """How often the columns of a linear are worked on one by one, for estimates."""
+        return 1.0 if Hessian in self.wanted() else 0.0
+
+    def stored_bits(self, n: int, k: int, attention: bool) -> float:
+        """Bits on disk of one weight of a linear [N, K], all told. For estimates."""
+        grid: Format | None = getattr(self, "format", None)
+        if grid is None:
+            return self.code_bits("weights") or 16.0
+        fitting = grid.suited(k)
+        return 16.0 if fitting is None else grid_bits(fitting, k)
+
     def before(self, model: nn.Module, ids: Tensor, seen: Seen) -> None:
         """Once for the whole model before the walk; ids [n, T]."""
 
     def apply(self, block: Block, seen: Seen) -> None:
         """Rewrite the wave's linears (`seen.stats` names them) or the block around them."""
         raise NotImplementedError(f"{self.kind} does nothing to a block")
+
+    def check_cache(self, model: nn.Module) -> None:
+        """ValueError if the model's keys and values cannot be rounded this way."""
+
+    def cache_layer(
+        self, index: int, fit: Mapping[str, Tensor] | None = None, *, packed: bool = False
+    ) -> CacheLayerMixin | None:
+        """A new, empty cache layer for block `index`; None: transformers' own, in 16 bits.
+
+        `fit`: what the step kept for this block when it was calibrated (Block.keep_fit).
+        """
+        return None
+
+
+@lru_cache(maxsize=256)
+def grid_bits(grid: Format, k: int) -> float:
+    """Bits per weight that a grid takes on rows of k weights: those of a few random ones."""
+    rows = torch.randn(SAMPLE_ROWS, k, generator=torch.Generator().manual_seed(0))
+    return sum(grid.quantize(rows).bits().values())
 
 
 class LinearMethod(Method):

@@ -12,7 +12,7 @@ from backend.formats import QTensor
 from backend.formats.affine import Affine
 from backend.formats.base import GroupField
 from backend.methods import METHODS
-from backend.methods.base import LinearMethod, Target
+from backend.methods.base import LinearMethod, Target, grid_bits
 from backend.model.quant_linear import QuantLinear
 from backend.model.stats import LayerStats
 
@@ -59,6 +59,10 @@ class HQQ(LinearMethod):
     def grid(self) -> Affine:
         """The grid these knobs describe."""
         return Affine(bits=self.bits, group=self.group, scale_dtype=self.scale_dtype)
+
+    def stored_bits(self, n: int, k: int, attention: bool) -> float:
+        """Those of its grid."""
+        return grid_bits(self.grid, k)
 
     def quantize(self, linear: nn.Linear, stats: LayerStats) -> QuantLinear:
         w = linear.weight.detach().float()  # [N, K]

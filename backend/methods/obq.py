@@ -54,6 +54,14 @@ class OBQ(LinearMethod):
         1024, ge=1, le=8192, description="Linears with more input channels are refused."
     )
 
+    def work(self, n: int, k: int) -> float:
+        """Each of K steps of each row reads what the steps before it left, in fp64."""
+        return 11.0 * n * k**3
+
+    def sweeps(self) -> float:
+        """None: rows are worked on, each in its own order."""
+        return 0.0
+
     def quantize(self, linear: nn.Linear, stats: LayerStats) -> QuantLinear:
         w = linear.weight.detach().float()  # [N, K]
         if w.shape[1] > self.max_inputs:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from backend.formats import Format, QTensor
 from backend.formats.base import GroupField
 from backend.formats.int_group import DTYPES, IntGroup
-from backend.methods.base import LinearMethod, Target
+from backend.methods.base import LinearMethod, Target, grid_bits
 from backend.model.quant_linear import QuantLinear
 from backend.model.sparse_linear import SparseLinear
 
@@ -81,6 +81,12 @@ class Pruning(LinearMethod):
     def bucket(self) -> tuple[int, int]:
         """Weights that go and of how many neighbours; (0, 0) without a pattern."""
         return BUCKETS.get(self.pattern, (0, 0))
+
+    def stored_bits(self, n: int, k: int, attention: bool) -> float:
+        """The weights that stay, at their width, and a bit for every place."""
+        kept = DTYPES[self.value_dtype].itemsize * 8 if self.grid is None else self.bits
+        scales = 0.0 if self.grid is None else grid_bits(self.grid, k) - self.bits
+        return (1 - self.sparsity) * kept + scales + 1
 
     def choose(self, score: Tensor) -> Tensor:
         """score [N, c], small ones go -> what goes [N, c] bool."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from backend.formats.int_group import IntGroup
 from backend.methods import METHODS
-from backend.methods.base import Method, Seen, Target, names_in
+from backend.methods.base import ELEMENTWISE, Method, Seen, Target, names_in
 from backend.metrics.base import Measurement
 from backend.model.stats import AbsMax, SpreadSample, Stat
 
@@ -69,6 +69,11 @@ class SmoothQuant(Method):
     def wanted(self) -> tuple[type[Stat], ...]:
         """Extremes, and a sample of the inputs to search on."""
         return self.needs if self.search else (AbsMax,)
+
+    def work(self, n: int, k: int) -> float:
+        """Per alpha tried, weights rounded and the sample multiplied by them."""
+        tried = self.search + 1 if self.search else 0
+        return (ELEMENTWISE + 2.0 * SpreadSample.limit) * n * k * tried
 
     def apply(self, block: Block, seen: Seen) -> None:
         for feed in feeds_of(block):

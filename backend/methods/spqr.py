@@ -22,6 +22,7 @@ from backend.model.stats import Hessian, LayerStats
 CLOSE = 0.005  # a search for target bits ends within this share of them; promised is 0.01
 TRIES = 16  # sweeps of one search at most; 2 to 4 are usual
 OUTLIER_BITS = 32  # a 16-bit value and a 16-bit column
+USUAL_TRIES, USUAL_SHARE = 3, 0.01  # for estimates: sweeps of a search, weights kept as outliers
 
 
 @METHODS.register
@@ -116,6 +117,17 @@ class SpQR(LinearMethod):
             round_zero=self.round_zero,
             scale_dtype=self.scale_dtype,
         )
+
+    def sweeps(self) -> float:
+        """As GPTQ's, and as long again for outliers and second levels; a search makes several."""
+        return 2.0 if self.target_bits is None else 2.0 * USUAL_TRIES
+
+    def stored_bits(self, n: int, k: int, attention: bool) -> float:
+        """What is asked for; without a target, dense codes and the usual share of outliers."""
+        if self.target_bits is not None:
+            return self.target_bits
+        outliers = 0.0 if self.threshold is None else USUAL_SHARE * OUTLIER_BITS + 32 / k
+        return self.grid().dense_bits() + outliers
 
     def quantize(self, linear: nn.Linear, stats: LayerStats) -> QuantLinear:
         w = linear.weight.detach().float()  # [N, K]

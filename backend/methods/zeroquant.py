@@ -18,7 +18,7 @@ from backend.formats.base import GroupField, Params, QTensor
 from backend.formats.int_group import IntGroup
 from backend.layer_rules import On
 from backend.methods import METHODS
-from backend.methods.base import LinearMethod, Seen, Target
+from backend.methods.base import LinearMethod, Seen, Target, grid_bits
 from backend.metrics.base import Measurement
 from backend.model.quant_linear import QuantLinear, qtensor_from_state
 from backend.model.stats import Stat
@@ -126,6 +126,12 @@ class ZeroQuant(LinearMethod):
         if not self.lkd_steps:
             return 0.0
         return 4 * self.lkd_steps * self.lkd_batch / samples + 2 * CHECKS / HELD_OUT
+
+    def stored_bits(self, n: int, k: int, attention: bool) -> float:
+        """Codes of its half of the block, and scales."""
+        bits = self.bits_attn if attention else self.bits_ffn
+        view, grid = self.layout(torch.Size((n, k)), bits)
+        return grid_bits(grid, min(view[1], 8 * grid.group or view[1]))
 
     def apply(self, block: Block, seen: Seen) -> None:
         chosen = {name: plain_linear(block, name) for name in seen.stats}

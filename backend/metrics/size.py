@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
+from backend.cache.build import cache_bytes, token_bytes
 from backend.metrics import METRICS
 from backend.metrics.base import Measurement, Metric
-from backend.model.families import blocks_of
+from backend.model.families import blocks_of, cache_shape
 from backend.model.quant_linear import PLAIN_BITS, LinearLike, QuantLinear
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class Size(Metric):
         yield Measurement("weight_bytes", held, "bytes", "lower", detail=detail)
         plain = sizes.plain_bytes
         yield Measurement("compression", plain / held, "x", "higher", detail={"plain_bytes": plain})
-        yield Measurement("kv_bytes_per_token", kv_bytes(run.model.config), "bytes", "lower")
+        yield kv_measurement(run)
 
 
 def sizes_of(model: nn.Module) -> Sizes:
@@ -166,9 +167,33 @@ def basis(run: Run, packed: bool) -> str:
     return "stored: what the codes take on disk; a simulated model holds dense weights instead"
 
 
-def kv_bytes(config: Any) -> int:
+def kv_measurement(run: Run) -> Measurement:
+    """Bytes that a token adds to the cache far from its start, in all layers.
+
+    Of a recipe with a KV step: what a packed cache really grew by while it was filled, whatever
+    storage the run has; a simulated cache holds rounded numbers in the type that computes.
+    """
+    plain = plain_kv_bytes(run)
+    detail: dict[str, Any] = {"plain_bytes": plain}
+    if not run.caches.rounds:
+        return Measurement("kv_bytes_per_token", plain, "bytes", "lower", detail=detail)
+    found = token_bytes(run.caches)
+    context = run.context
+    detail |= {
+        "basis": "measured: growth of a packed cache",
+        "formula_bytes": found.formula,
+        "measured_tokens": found.tokens,
+        "compression": plain / found.measured,
+        "bits_per_number": 8 * PLAIN_BYTES * found.measured / plain,
+        "context": context,
+        "context_bytes": cache_bytes(run.caches, context),
+        "plain_context_bytes": plain * context,
+    }
+    return Measurement("kv_bytes_per_token", found.measured, "bytes", "lower", detail=detail)
+
+
+def plain_kv_bytes(run: Run) -> int:
     """Bytes a token adds to a 16-bit key-value cache: 2 tensors per layer."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * int(text.num_hidden_layers) * int(heads) * int(width) * PLAIN_BYTES
+    config: Any = run.model.config
+    heads, width = cache_shape(config)
+    return 2 * int(config.get_text_config().num_hidden_layers) * heads * width * PLAIN_BYTES

@@ -201,13 +201,20 @@ def tracked(run: Run, total: int) -> Any:
         def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
             run.progress(min(self.done, total), total, f"item {min(self.done, total)} of {total}")
             self.done += len(context)
+            cache = run.caches.new()
+            if run.caches.rounds:
+                kwargs["past_key_values"] = cache
             with torch.inference_mode():
-                return super()._model_generate(context, *args, **kwargs)
+                out = super()._model_generate(context, *args, **kwargs)
+            run.caches.count(cache)
+            return out
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
             # One size for all would be that of the longest request; the padding has no mask, so
             # rows that are not independent go alone (batch_size gives 1 there).
-            sizes = [run.batch_size(len(context) + len(end)) for _, context, end in requests]
+            sizes = [
+                run.batch_size(len(context) + len(end), padded=True) for _, context, end in requests
+            ]
             answers: list[Any] = [None] * len(requests)
             for size in sorted(set(sizes)):
                 self.batch_size_per_gpu = size
@@ -223,7 +230,7 @@ def tracked(run: Run, total: int) -> Any:
         pretrained=run.model,
         tokenizer=run.tokenizer,
         backend="causal",
-        batch_size=run.batch_size(run.context),
+        batch_size=run.batch_size(run.context, padded=True),
         max_length=run.context,
         softmax_dtype="float32",  # packed models give bf16 logits: 3 digits are too few for a sum
     )

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from backend.methods import METHODS
-from backend.model.families import Block
+from backend.model.families import FIT, Block
 from backend.model.quant_linear import LINEARS, LinearLike
 
 HEADER = "quantarena"  # metadata key: {module path: {kind, config}}
@@ -72,6 +72,7 @@ class Checkpoint:
         for name, entry in linears.items():
             prefix = f"linear/{name}/"
             block.replace(name, rebuilt(block, name, entry, under(tensors, prefix)))
+        block.keep_fit(**under(tensors, f"block/{FIT}."))
         own = block.module.state_dict()
         with torch.no_grad():
             for name, value in under(tensors, "block/").items():

@@ -15,6 +15,8 @@ from torch import nn
 from backend.model.quant_linear import LinearLike
 from backend.registry import nearest
 
+FIT = "kv_fit"  # name of a module in a block: its buffers are what KV steps fitted
+
 
 @dataclass(frozen=True)
 class NormFeed:
@@ -202,6 +204,17 @@ class Block:
         parent, _, leaf = name.rpartition(".")
         setattr(self.module.get_submodule(parent), leaf, module.eval())
 
+    def keep_fit(self, **tensors: torch.Tensor) -> None:
+        """Tensors that a step fitted for this block's cache; saved with it, moved with it."""
+        if not hasattr(self.module, FIT):
+            self.module.add_module(FIT, nn.Module())
+        for name, value in tensors.items():
+            self.get(FIT).register_buffer(name, value)
+
+    def fit(self) -> dict[str, torch.Tensor]:
+        """What `keep_fit` kept."""
+        return dict(self.get(FIT).named_buffers()) if hasattr(self.module, FIT) else {}
+
     @contextmanager
     def on(self, device: torch.device | str) -> Iterator[None]:
         """The block on `device`, and back where it was afterwards."""
@@ -226,3 +239,11 @@ def blocks_of(model: nn.Module) -> list[Block]:
                     f"{list(value.shape)}; only nn.Linear modules can be quantized"
                 )
     return blocks
+
+
+def cache_shape(config: Any) -> tuple[int, int]:
+    """Key-value heads and their width, from a model's config."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(heads), int(width)

@@ -25,6 +25,7 @@ from backend.pipeline import quantize
 
 KINDS = sorted(METHODS.load())
 EVERY = [method for cls in METHODS.load().values() for method in variants(cls)]
+IN_BLOCKS = [kind for kind in KINDS if METHODS.load()[kind].in_blocks]  # others: in the cache only
 EXACT = [kind for kind in KINDS if METHODS.load()[kind].exact]
 SMOOTHABLE = sorted(name for name, family in FAMILIES.items() if family.norm_feeds)
 
@@ -96,7 +97,7 @@ def test_a_method_survives_json_and_text(method):
     assert recipes.render(recipes.parse(text)) == text
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", IN_BLOCKS)
 def test_a_method_leaves_runnable_blocks(kind, make_model):
     model = make_model("llama")
     before = logits(model)
@@ -128,7 +129,16 @@ def test_exact_methods_change_no_output(kind, family, make_model):
     assert any(not torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sorted({*KINDS} - {*IN_BLOCKS}))
+def test_what_acts_in_the_cache_leaves_blocks_alone(kind, make_model):
+    model = make_model("llama")
+    before = logits(model)
+    assert torch.equal(logits(walk(model, kind)), before)
+    with pytest.raises(ValueError, match="no linear"):
+        quantize_layer({"kind": kind}, normal(8, 32))
+
+
+@pytest.mark.parametrize("kind", IN_BLOCKS)
 def test_the_callers_weight_is_left_alone(kind):
     w, x = normal(8, 32), normal(64, 32, seed=1)
     kept = w.clone()

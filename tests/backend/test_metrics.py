@@ -431,7 +431,7 @@ def test_task_results_do_not_depend_on_the_batch(demo, monkeypatch):
     items = []
     for size in (1, 8):
         run = demo_run(demo, "tasks")
-        monkeypatch.setattr(run, "batch_size", lambda length, size=size: size)
+        monkeypatch.setattr(run, "batch_size", lambda length, size=size, **how: size)
         items.append({m.name: m.items for m in metric.measure(run)})
     assert items[0] == items[1]
 

@@ -257,6 +257,20 @@ def test_charts_know_its_bits():
     assert words("zeroquant(bits_a=4)")[1:] == ("4", "4", both)
 
 
+@pytest.mark.parametrize(
+    ("text", "targets"),
+    [
+        ("zeroquant", ["activations", "weights"]),
+        ("zeroquant(bits_a=16)", ["weights"]),
+        ("zeroquant(bits_a=16)+activations", ["activations", "weights"]),
+        ("zeroquant(bits_a=16,layers=[on(blocks=first,bits_a=8)])", ["activations", "weights"]),
+    ],
+)
+def test_inputs_of_16_bits_are_no_target(text, targets):
+    spec = RunSpec(model=ModelRef(id="demo"), steps=recipes.parse(text))
+    assert spec.targets() == targets
+
+
 # ---- LKD -----------------------------------------------------------------------------------
 
 

@@ -1,0 +1,1 @@
+"""Key-value caches that keep rounded keys and values, on transformers' Cache API."""
