@@ -27,6 +27,7 @@ from jobs.queue import RunView
 from results_db import queries
 
 TITLE, PATH, ORDER, KEY = "Run", "/run", 0, ""
+NOTES = 6  # shown before the others are folded
 
 
 def build(ctx: Context) -> None:
@@ -188,22 +189,34 @@ def measurement_line(record: Mapping[str, Any], name: str) -> Markup:
 
 
 def notes_box(ctx: Context, run_id: str) -> Markup | None:
-    """Fallbacks and skips: part of the result."""
-    found = queries.notes(ctx.store, run_id)
-    if not len(found):
+    """Fallbacks and skips: part of the result. What many linears say alike is said once."""
+    told: dict[str, list[Mapping[str, Any]]] = {}
+    for record in rows.records(queries.notes(ctx.store, run_id)):
+        told.setdefault(str(record["text"]), []).append(record)
+    if not told:
         return None
-    items = [tag("li", _note(record)) for record in rows.records(found)]
+    items = [tag("li", _note(text, records)) for text, records in told.items()]
     title = (
         f"{len(items)} note{'s' * (len(items) > 1)}: the result is not exactly what was asked for"
     )
-    return tag("div", tag("b", title), tag("ul", items), class_="notes-box", role="note")
+    more, fold = items[NOTES:], None
+    if more:
+        fold = tag("details", tag("summary", f"{len(more)} more"), tag("ul", more), data_key="more")
+    shown = tag("ul", items[:NOTES])
+    return tag("div", tag("b", title), shown, fold, class_="notes-box", role="note")
 
 
-def _note(record: Mapping[str, Any]) -> str:
-    block = record["block"]
-    where = [] if block is None or pd.isna(block) else [f"block {int(block)}"]
-    where += [str(record["module"])] if record["module"] else []
-    return f"{', '.join(where)}: {record['text']}" if where else str(record["text"])
+def _note(text: str, records: Sequence[Mapping[str, Any]]) -> str:
+    """A note after the places that it is about."""
+    blocks = sorted({int(r["block"]) for r in records if not pd.isna(r["block"])})
+    linears = sorted({str(r["module"]) for r in records if r["module"]})
+    span = f"blocks {blocks[0]} to {blocks[-1]}" if blocks[1:] else f"block {sum(blocks)}"
+    where = [span] if blocks else []
+    if len(records) == 1 or not linears:
+        where += linears
+    else:
+        where.insert(0, f"{len(records)} linears")
+    return f"{', '.join(where)}: {text}" if where else text
 
 
 # ---- layers --------------------------------------------------------------------------------

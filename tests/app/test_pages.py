@@ -453,3 +453,12 @@ def test_a_port_in_use_is_one_sentence():
 def test_what_many_linears_say_alike_is_printed_once():
     notes = ["one block", "block 0 mlp.up: A: b", "block 1 mlp.up: A: b", "block 1 mlp.down: C"]
     assert merged(notes) == ["one block", "2 linears: A: b", "block 1 mlp.down: C"]
+
+
+def test_a_note_names_its_places_once():
+    places = [{"block": at, "module": name} for at in (0, 3) for name in ("q", "k")]
+    assert run._note("t", places) == "4 linears, blocks 0 to 3: t"
+    assert run._note("t", places[:1]) == "block 0, q: t"
+    assert run._note("t", places[:2]) == "2 linears, block 0: t"
+    assert run._note("t", [{"block": None, "module": ""}]) == "t"
+    assert run._note("t", [{"block": 2, "module": ""}]) == "block 2: t"
