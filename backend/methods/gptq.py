@@ -266,6 +266,15 @@ RECIPES = {
     "GPTQ W3": "gptq(bits=3,scale_dtype=float16,act_order=true,live_damping=true)",
     "GPTQ W3 g128": "gptq(bits=3,group=128,scale_dtype=float16,act_order=true,"
     "static_groups=true,live_damping=true)",
-    "GPTQ W2 g64": "gptq(bits=2,group=64,scale_dtype=float16,act_order=true,"
+    "GPTQ W3 g1024": "gptq(bits=3,group=1024,scale_dtype=float16,act_order=true,"
     "static_groups=true,live_damping=true)",
+    **{
+        f"GPTQ W2 g{group}": f"gptq(bits=2,group={group},scale_dtype=float16,act_order=true,"
+        "static_groups=true,live_damping=true)"
+        for group in (128, 64, 32)
+    },
+    **{
+        f"GPTQ W{bits} (no act order)": f"gptq(bits={bits},scale_dtype=float16,live_damping=true)"
+        for bits in (4, 3)
+    },
 }

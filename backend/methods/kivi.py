@@ -76,4 +76,9 @@ class Kivi(Method):
         return Grid(bits=self.bits, group=self.group, axis=axis, scale_dtype=self.scale_dtype)
 
 
-RECIPES = {"KIVI-2": "kivi(bits=2)", "KIVI-4": "kivi(bits=4)"}
+RECIPES = {
+    "KIVI-2": "kivi(bits=2)",
+    "KIVI-4": "kivi(bits=4)",
+    "KIVI-2, rounded prompt": "kivi(bits=2,prefill=quant)",
+    "KIVI-4, rounded prompt": "kivi(bits=4,prefill=quant)",
+}

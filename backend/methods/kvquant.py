@@ -411,4 +411,10 @@ def blocks_at_once(model: nn.Module, ids: Tensor, slopes: bool) -> int:
     return int(count)
 
 
-RECIPES = {f"KVQuant-{bits}bit-1%": f"kvquant(bits={bits})" for bits in (4, 3, 2)}
+RECIPES = {
+    **{f"KVQuant-{bits}bit-1%": f"kvquant(bits={bits})" for bits in (4, 3, 2)},
+    **{
+        f"KVQuant-{bits}bit-1%, exact prompt": f"kvquant(bits={bits},prefill=fp)"
+        for bits in (4, 3, 2)
+    },
+}

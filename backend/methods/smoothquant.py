@@ -156,6 +156,12 @@ def fold(norm: nn.Module, readers: list[nn.Linear], scale: Tensor, offset: float
 RECIPES = {
     "SmoothQuant W8A8": "smoothquant+rtn(bits=8,symmetric=true,scale_dtype=float16)"
     "+activations(bits=8,symmetric=true)",
+    **{
+        f"SmoothQuant W8A8, alpha 0.{alpha}": f"smoothquant(alpha=0.{alpha})"
+        "+rtn(bits=8,symmetric=true,scale_dtype=float16)+activations(bits=8,symmetric=true)"
+        for alpha in range(35, 95, 5)
+        if alpha != 50  # the default
+    },
     "SmoothQuant W8A8 (O1)": "smoothquant+rtn(bits=8,symmetric=true,per_tensor=true)"
     "+activations(bits=8,symmetric=true)",
     "SmoothQuant W8A8 (O2)": "smoothquant+rtn(bits=8,symmetric=true,per_tensor=true)"
