@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -216,6 +217,9 @@ def main(arguments: list[str] | None = None) -> int:
     commands = importlib.import_module("app.commands")
     try:
         return int(getattr(commands, args.command.replace("-", "_"))(args))
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
         from backend.registry import one_sentence
 

@@ -6,6 +6,8 @@ import json
 import re
 import shlex
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -462,3 +464,14 @@ def test_a_note_names_its_places_once():
     assert run._note("t", places[:2]) == "2 linears, block 0: t"
     assert run._note("t", [{"block": None, "module": ""}]) == "t"
     assert run._note("t", [{"block": 2, "module": ""}]) == "block 2: t"
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    """As in `quantarena methods | head -1`."""
+    command = [sys.executable, "-m", "app", "methods"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as listing:
+        assert listing.stdout is not None
+        assert listing.stdout.readline()
+        listing.stdout.close()
+        assert listing.stderr is not None
+        assert listing.stderr.read() == b""
