@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from backend.cache.build import cache_argument
 from backend.metrics import METRICS
 from backend.metrics.base import Measurement, Metric
 from backend.registry import nearest, short_hash
@@ -203,7 +204,7 @@ def tracked(run: Run, total: int) -> Any:
             self.done += len(context)
             cache = run.caches.new()
             if run.caches.rounds:
-                kwargs["past_key_values"] = cache
+                kwargs[cache_argument(self.model)] = cache
             with torch.inference_mode():
                 out = super()._model_generate(context, *args, **kwargs)
             run.caches.count(cache)

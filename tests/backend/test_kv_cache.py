@@ -396,7 +396,7 @@ def test_sixteen_bit_generation_is_transformers_own(make_model):
 
 
 def generated(model: Any, tokens: Tensor, cache: Any, **how: Any) -> Tensor:
-    return model.generate(tokens, past_key_values=cache, **how)
+    return model.generate(tokens, **{cache_argument(model): cache}, **how)
 
 
 def test_only_layers_that_hold_all_tokens_are_rounded(make_model, tokenizer):
@@ -422,7 +422,9 @@ def test_padding_changes_nothing_per_token(recipe, make_model, tokenizer):
     run = run_of(make_model(), tokenizer, recipe)
     rows = [ids(length=n, seed=n)[0] for n in (9, 17, 12)]
     how = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 258}
-    together = run.model.generate(**padded(rows), past_key_values=run.caches.new(), **how)
+    together = run.model.generate(
+        **padded(rows), **{cache_argument(run.model): run.caches.new()}, **how
+    )
     for row, answer in zip(rows, together, strict=True):
         alone = generated(run.model, row[None], run.caches.new(), **how)
         assert answer[-12:].tolist() == alone[0, -12:].tolist()
@@ -434,9 +436,11 @@ def test_padding_that_would_be_rounded_with_tokens_is_refused(recipe, make_model
     run = run_of(make_model(), tokenizer, recipe)
     rows = [ids(length=n, seed=n)[0] for n in (9, 17)]
     with pytest.raises(ValueError, match="padding tokens would be rounded together"):
-        run.model.generate(**padded(rows), past_key_values=run.caches.new(), max_new_tokens=2)
+        run.model.generate(
+            **padded(rows), **{cache_argument(run.model): run.caches.new()}, max_new_tokens=2
+        )
     same = padded([ids(length=17, seed=n)[0] for n in (1, 2)])
-    run.model.generate(**same, past_key_values=run.caches.new(), max_new_tokens=2)
+    run.model.generate(**same, **{cache_argument(run.model): run.caches.new()}, max_new_tokens=2)
     passed(run.model, **{"tokens": padded(rows)["input_ids"]})  # without the cache: as ever
     assert run.batch_size(16, padded=True) == 1
     assert run.batch_size(16) > 1
