@@ -98,7 +98,8 @@ def add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         action="append",
         default=[],
         metavar="R",
-        help="a preset's name or a pipeline such as 'gptq(bits=4,group=128)'; may be repeated",
+        help="a preset's name or a pipeline such as 'gptq(bits=4,group=128)', several at once as "
+        "'rtn(bits=2|3|4,group=64)'; may be repeated",
     )
     run.add_argument(
         "--metrics", default=DEFAULT_METRICS, help=f"what to measure (default: {DEFAULT_METRICS})"

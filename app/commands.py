@@ -123,6 +123,7 @@ def exit_code(entry: dict[str, Any]) -> int:
 
 def specs_of(args: argparse.Namespace) -> list[tuple[str, Any]]:
     """[(recipe text as given, RunSpec)], the baseline first."""
+    from app.form import expand
     from backend.recipes import parse
     from backend.spec import Calibration, ModelRef, RunSpec
 
@@ -134,7 +135,7 @@ def specs_of(args: argparse.Namespace) -> list[tuple[str, Any]]:
     calibration = Calibration(dataset=data_name(args.calibration), **given)
     if any(not text.strip() for text in args.recipe):
         raise ValueError("--recipe is empty; `quantarena recipes` lists presets")
-    texts = ["baseline", *args.recipe]
+    texts = ["baseline", *(line for text in args.recipe for line in expand(text))]
     return [
         (
             text.strip(),
@@ -152,7 +153,11 @@ def specs_of(args: argparse.Namespace) -> list[tuple[str, Any]]:
 
 
 def local_path(name: str) -> str:
-    """A folder that exists as an absolute path; anything else stays as it is."""
+    """A folder that exists as an absolute path; a bundled model's or hub's name stays as it is."""
+    from backend.model.identity import DEMOS
+
+    if name in DEMOS:
+        return name
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 

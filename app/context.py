@@ -135,11 +135,14 @@ class Picks:
     columns: Words = ()
     table: bool = False  # the chart as a table
     published: bool = False  # values from print laid over the chart
+    budget: str = ""  # memory that weights and cache may take: "4 GiB"
+    cube: str = ""  # measurement in the cells of weight bits x KV bits
     id: str = ""  # the run that the run page shows
     against: str = ""  # and the one it is compared with
     layer: str = ""  # which per-layer value
     block: str = ""  # and the cell of it that is looked into
     module: str = ""
+    kvblock: str = ""  # the block whose keys and values are looked at
     # leaderboard
     tab: str = ""  # published, imported; "": the variants of the model
     voters: Words = ()  # kinds of voters in the people's columns; (): human

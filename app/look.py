@@ -126,6 +126,7 @@ SHARES = frozenset({"same_top", "rms_dp", "mbu"})
 LABELS = {  # in the order of columns and pickers
     "bits_per_weight": "Bits per weight",
     "weight_bytes": "Weight size",
+    "compression": "Compression",
     "perplexity": "Perplexity",
     "mean_kld": "Mean KL divergence",
     "median_kld": "Median KL divergence",
@@ -133,6 +134,7 @@ LABELS = {  # in the order of columns and pickers
     "same_top": "Same top token",
     "rms_dp": "RMS probability shift",
     "ppl_ratio": "Perplexity ratio",
+    "needle": "Needles found",
     "kv_bytes_per_token": "KV cache per token",
     "ttft_ms": "Time to first token",
     "tpot_ms": "Time per token",

@@ -85,9 +85,10 @@ class Recipe:
     target: str  # "weights", "weights + activations", ...
     bits: str  # of the weights' codes; "16" where they are not quantized
     act_bits: str
+    kv_bits: str  # of cached keys and values
 
 
-BASELINE = Recipe("baseline", "16-bit", "16-bit", "baseline", "", "16", "16")
+BASELINE = Recipe("baseline", "16-bit", "16-bit", "baseline", "", "16", "16", "16")
 
 
 @lru_cache(maxsize=4096)
@@ -109,6 +110,7 @@ def recipe_of_steps(steps: Sequence[Step]) -> Recipe:
         target=" + ".join(t for t in ("weights", "activations", "kv_cache") if t in targets),
         bits=_bits(steps, "weights"),
         act_bits=_bits(steps, "activations"),
+        kv_bits=_bits(steps, "kv_cache"),
     )
 
 
@@ -192,6 +194,11 @@ def _told_format(grid: Step) -> dict[str, Any]:
 def kind_name(kind: str) -> str:
     """`gptq` -> GPTQ, `activations` -> Activations."""
     return NAMES.get(kind) or kind.replace("_", " ").capitalize()
+
+
+def target_words(target: str) -> str:
+    """`weights + kv_cache` -> weights + KV cache."""
+    return target.replace("kv_cache", "KV cache")
 
 
 def _name(steps: Sequence[Step], quiet: frozenset[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ HIDDEN = ("kind", "content")  # says nothing to a reader beside the rest
 
 
 def flat(spec: Spec) -> dict[str, str]:
-    """Nested spec -> {"step 1 · format · bits": "4"}; lists of parts are numbered by their kind."""
+    """Nested spec -> {"step 1 · format · bits": "4"}; metrics of one kind are numbered."""
     found: dict[str, str] = {}
     for name, value in spec.items():
         if name == "calibration" and value["dataset"] == "auto":
@@ -27,8 +28,13 @@ def flat(spec: Spec) -> dict[str, str]:
             for number, step in enumerate(value, 1):
                 found |= _leaves(f"step {number}", step)
         elif name == "metrics":
+            kinds = Counter(metric["kind"] for metric in value)
+            seen: Counter[str] = Counter()
             for metric in value:
-                found |= _leaves(metric["kind"], metric, hidden=("kind",))
+                kind = metric["kind"]
+                seen[kind] += 1
+                path = f"{kind} {seen[kind]}" if kinds[kind] > 1 else kind
+                found |= _leaves(path, metric, hidden=("kind",))
         elif name not in HIDDEN:
             found |= _leaves(name, value)
     return found

@@ -250,6 +250,8 @@ def evaluated_tokens(spec: RunSpec, facts: ModelFacts) -> int:
         if hasattr(metric, "window"):
             total += limit * window_of(spec, facts) if limit else TEXT_TOKENS
             total *= 2 if metric.needs_baseline else 1  # the 16-bit model runs beside it
+        elif hasattr(metric, "read_tokens"):
+            total += metric.read_tokens(facts.context)
         elif hasattr(metric, "shots"):
             total += (limit or 1000) * TASK_TOKENS * max(1, len(getattr(metric, "names", ())))
     return total

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from backend import data
+from backend import data, kv_statistics
 from backend.baseline import StoredBaseline, check_disk, fits, locked, trace_folder
 from backend.environment import environment
 from backend.metrics import Measurement, Metric
@@ -146,6 +146,8 @@ class Stage:
             source = Source.of_metric(metric, run)
             for measured in metric.measure(run):
                 self.report(with_cache(measured, run), source)
+        if self.stage == "evaluate" and (run.caches.rounds or self.spec.is_baseline):
+            kv_statistics.record(run, self.folder)
         self.progress_of(metrics[-1], len(metrics) - 1, len(metrics))(1, 1, "")
 
     def open(self, spec: RunSpec, dtype: torch.dtype, *, side_by_side: bool = True) -> Run:
@@ -288,11 +290,11 @@ class Source:
 
 
 def with_cache(measured: Measurement, run: Run) -> Measurement:
-    """With the share of cached keys and values that were rounded when it was measured."""
+    """With the share of cached keys and values that were rounded, unless it tells its own."""
     told = run.caches.told()
     if not told:
         return measured
-    return replace(measured, detail={**measured.detail, "cache_rounded": told})
+    return replace(measured, detail={"cache_rounded": told, **measured.detail})
 
 
 def write_missing(plain: Run, metric: TextMetric, stored: StoredBaseline) -> None:

@@ -128,7 +128,7 @@ class Run:
         try:
             for _ in range(min(max_new, self.context - ids.shape[1])):
                 with torch.inference_mode():
-                    given = {cache_argument(self.model): cache}
+                    given = {cache_argument(self.model): cache, **self._last(1)}
                     out = self.model(input_ids=step, use_cache=True, **given)
                     token = choose(out.logits[0, -1].float(), temperature, top_p, source)
                 if token in ends:

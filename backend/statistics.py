@@ -158,26 +158,31 @@ class BlockStatistics:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        target = path_of(self.folder, self.block.index)
-        part = target.with_suffix(".part")
-        part.write_bytes(save(self._tensors(), metadata={HEADER: json.dumps(self._header())}))
-        part.replace(target)
+        about = {"modules": self.linears(), "inputs_of": self.leader}
+        found = {"/".join(key): summary for key, summary in self.found.items()}
+        write(path_of(self.folder, self.block.index), found, about)
 
-    def _header(self) -> dict[str, Any]:
-        numbers = {"/".join(key): dict(summary.numbers) for key, summary in self.found.items()}
-        return {"modules": self.linears(), "inputs_of": self.leader, "numbers": numbers}
 
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for key, summary in self.found.items():
-            name = "/".join(key)
-            tensors[f"{name}/peaks"] = summary.peaks.float()
-            tensors[f"{name}/counts"] = summary.counts.to(torch.int32)
-            if summary.surface is not None:  # fp16 of shares: magnitudes may be over 65,504
-                top = summary.surface.amax().clamp_min(torch.finfo(torch.float32).tiny)
-                tensors[f"{name}/surface"] = (summary.surface / top).half()
-                tensors[f"{name}/top"] = top.reshape(1)
-        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+def write(target: Path, found: Mapping[str, Summary], about: Mapping[str, Any]) -> None:
+    """Summaries under their names, and what else is known, as one file: .part, then renamed."""
+    numbers = {name: dict(summary.numbers) for name, summary in found.items()}
+    header = json.dumps({**about, "numbers": numbers})
+    part = target.with_suffix(".part")
+    part.write_bytes(save(tensors_of(found), metadata={HEADER: header}))
+    part.replace(target)
+
+
+def tensors_of(found: Mapping[str, Summary]) -> dict[str, Tensor]:
+    """The arrays of summaries, each under its summary's name."""
+    tensors: dict[str, Tensor] = {}
+    for name, summary in found.items():
+        tensors[f"{name}/peaks"] = summary.peaks.float()
+        tensors[f"{name}/counts"] = summary.counts.to(torch.int32)
+        if summary.surface is not None:  # fp16 of shares: magnitudes may be over 65,504
+            top = summary.surface.amax().clamp_min(torch.finfo(torch.float32).tiny)
+            tensors[f"{name}/surface"] = (summary.surface / top).half()
+            tensors[f"{name}/top"] = top.reshape(1)
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
 # ---- reading -------------------------------------------------------------------------------
@@ -225,15 +230,18 @@ def read(folder: Path, block: int, module: str) -> Linear | None:
 def _summaries(
     file: Any, header: Mapping[str, Any], module: str
 ) -> Iterator[tuple[tuple[What, Moment], Summary]]:
-    names = set(file.keys())
     for what, moment in product(WHATS, MOMENTS):
         owner = header["inputs_of"].get(module, module) if what == "inputs" else module
         key = f"{what}/{owner}/{moment}"
-        if key not in header["numbers"]:
-            continue
-        surface = None
-        if f"{key}/surface" in names:
-            top = file.get_tensor(f"{key}/top")[0]
-            surface = file.get_tensor(f"{key}/surface").astype(np.float32) * top
-        peaks, counts = (file.get_tensor(f"{key}/{part}") for part in ("peaks", "counts"))
-        yield (what, moment), Summary(header["numbers"][key], peaks, counts, surface)
+        if key in header["numbers"]:
+            yield (what, moment), summary_in(file, header, key)
+
+
+def summary_in(file: Any, header: Mapping[str, Any], name: str) -> Summary:
+    """One summary of an open file."""
+    surface = None
+    if f"{name}/surface" in set(file.keys()):
+        top = file.get_tensor(f"{name}/top")[0]
+        surface = file.get_tensor(f"{name}/surface").astype(np.float32) * top
+    peaks, counts = (file.get_tensor(f"{name}/{part}") for part in ("peaks", "counts"))
+    return Summary(header["numbers"][name], peaks, counts, surface)

@@ -12,7 +12,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-Json = Mapping[str, Any]  # a format's `data()`: its kind and every knob
+# A format's `data()`: its kind and every knob. "beside" names what else the weights have, if they
+# have more than codes and parameters; `pack` finds it in params: "column_group" [k]; "outliers" as
+# row_ptr [n + 1], column and value; "keep" [n, k] bool.
+Json = Mapping[str, Any]
+BESIDE = {
+    "column_group": "columns that act order scatters over groups",
+    "outliers": "outliers kept apart",
+    "keep": "weights that are gone",
+}
 
 
 @dataclass(frozen=True)
@@ -72,21 +80,31 @@ class Kernel(Protocol):
         """The same from the packed tensors in plain torch, [m, n] fp32: the truth in tests."""
         ...
 
+    def example(self, case: Case, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Random codes [n, k] uint8 and parameters of a case, on the CPU: for tests and bench."""
+        ...
+
     def container(self, weight: Json) -> str:
         """Why codes take more bits in memory than their format's, "" if they do not."""
         ...
 
 
+def beside_words(weight: Json) -> str:
+    """What the weights have beside codes and parameters, "" if nothing."""
+    return " and ".join(BESIDE[name] for name in weight.get("beside", ()))
+
+
 @lru_cache(maxsize=1)
 def kernels() -> dict[str, Kernel]:
-    """Every kernel by name, best rank first."""
+    """Every kernel by name, best rank first; a folder without a product has no KERNEL."""
     import kernels as package
 
     found: dict[str, Kernel] = {}
     for module in pkgutil.iter_modules(package.__path__, "kernels."):
         if module.ispkg:
-            kernel = importlib.import_module(module.name).KERNEL
-            found[kernel.name] = kernel
+            kernel = getattr(importlib.import_module(module.name), "KERNEL", None)
+            if kernel is not None:
+                found[kernel.name] = kernel
     return dict(sorted(found.items(), key=lambda item: (item[1].rank, item[0])))
 
 

@@ -47,7 +47,7 @@ def measure(kernel: Kernel, case: Case, device: torch.device) -> dict[str, Any]:
     """One case: correctness first, then cold weights, in turn with a bf16 product."""
     copies = copies_of(case.n * case.k * case.weight["bits"] // 8)
     generator = torch.Generator().manual_seed(0)
-    packed = kernel.pack(*random_weight(case, generator, device), case.weight, case.act)
+    packed = kernel.pack(*example(kernel, case, device), case.weight, case.act)
     held = [packed, *(clone(packed) for _ in range(copies - 1))]
     x = torch.randn(case.m, case.k, generator=generator).to(device, torch.bfloat16)
     error = relative_error(kernel.matmul(x, packed), kernel.reference(x, packed))
@@ -66,18 +66,9 @@ def measure(kernel: Kernel, case: Case, device: torch.device) -> dict[str, Any]:
     return row_of(kernel, case, device, error, times)
 
 
-def random_weight(
-    case: Case, generator: torch.Generator, device: torch.device
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Codes [n, k] uint8 and parameters of a random weight."""
-    top = 2 ** case.weight["bits"] - 1
-    codes = torch.randint(0, top + 1, (case.n, case.k), generator=generator).to(torch.uint8)
-    group = case.weight["group"] or case.k
-    shape = (1, 1) if case.weight["per_tensor"] else (case.n, -(-case.k // group))
-    params = {"scale": 0.01 + 0.01 * torch.rand(shape, generator=generator)}
-    if not case.weight["symmetric"]:
-        zero = torch.randint(0, top + 1, shape, generator=generator)
-        params["zero"] = zero.to(torch.uint8)
+def example(kernel: Kernel, case: Case, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+    """Random codes [n, k] uint8 and parameters of a case, on a device."""
+    codes, params = kernel.example(case, torch.Generator().manual_seed(0))
     return codes.to(device), {name: value.to(device) for name, value in params.items()}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kernels.base import Json
+from kernels.base import Case, Json, beside_words
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SMALLEST = {"float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126}
@@ -17,6 +17,8 @@ def refuse(weight: Json, act: Json | None) -> str | None:
     """Why a weight or activation format is not one these kernels can read, None if it is."""
     if weight["kind"] != "int":
         return f"it multiplies by 'int' weights, not {weight['kind']!r}"
+    if beside := beside_words(weight):
+        return f"it keeps nothing beside the codes, and these have {beside}"
     if act is None:
         return None
     if act["kind"] != "int":
@@ -101,3 +103,15 @@ def int_format(**knobs: object) -> Json:
         "mse": False,
     }
     return {**plain, **knobs}
+
+
+def random_weight(case: Case, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    """Codes [n, k] uint8 and parameters of a random weight."""
+    top = 2 ** case.weight["bits"] - 1
+    codes = torch.randint(0, top + 1, (case.n, case.k), generator=generator, dtype=torch.uint8)
+    group = group_of(case.weight, case.k)
+    shape = (1, 1) if case.weight["per_tensor"] else (case.n, -(-case.k // group))
+    params = {"scale": 0.01 + 0.01 * torch.rand(shape, generator=generator)}
+    if not case.weight["symmetric"]:
+        params["zero"] = torch.randint(0, top + 1, shape, generator=generator, dtype=torch.uint8)
+    return codes, params

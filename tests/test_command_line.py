@@ -46,6 +46,15 @@ def test_runs_recipes_and_writes_the_documented_json(tmp_path, capsys):
     assert "gptq(bits=3,group=0)" in capsys.readouterr().out
 
 
+def test_a_list_in_a_recipe_is_as_many_runs(tmp_path):
+    out = tmp_path / "out.json"
+    recipe = "rtn(bits=3..4,group=64)"
+    arguments = ("--model", "demo", "--recipe", recipe, "--metrics", "size", "--json", out)
+    assert run(tmp_path / "home", *arguments) == 0
+    told = [r["recipe"] for r in json.loads(out.read_text())]
+    assert told == ["baseline", "rtn(bits=3,group=64)", "rtn(bits=4,group=64)"]
+
+
 def test_runs_a_local_folder_on_a_text_file(tmp_path, llama_folder, text_file):
     out = tmp_path / "out.json"
     code = run(

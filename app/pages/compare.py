@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
 import pandas as pd
 from markupsafe import Markup
 
-from app import first_tour, look, published_rows, rows
+from app import cube_view, first_tour, look, memory_view, published_rows, rows
 from app.charts import pareto
 from app.context import Context, Picks
 from app.headline import headline
 from app.markup import join, tag
-from app.recipe_words import kind_name
+from app.recipe_words import kind_name, target_words
 from app.specs import differences, reproduce
 from app.table import runs_table
 from app.views import model_of
@@ -39,9 +40,13 @@ def build(ctx: Context) -> None:
                 below = live("", elem_classes="axis-x")
             side = live(skeleton(420), elem_classes="card side")
         table = live(skeleton(300), elem_classes="card table-card")
+        with gr.Column(elem_classes="card chart-card memory-card"):
+            memory = [live(""), plotly_chart(), live("")]
+        cube = live("", elem_classes="card pad cube-card")
 
     def draw(request: gr.Request) -> list[Any]:
-        return list(screen(ctx, Picks.read(query(request))))
+        picks = Picks.read(query(request))
+        return [*screen(ctx, picks), *caches(ctx, picks)]
 
     def act(data: Mapping[str, Any], request: gr.Request) -> Mapping[str, Any]:
         queue = ctx.change(request)
@@ -53,7 +58,7 @@ def build(ctx: Context) -> None:
     def stamp(request: gr.Request) -> Hashable:
         return ctx.store.version, tuple(progress(ctx, "").items())
 
-    connect(draw, [head, above, plot, below, side, table], stamp=stamp, act=act)
+    connect(draw, [head, above, plot, below, side, table, *memory, cube], stamp=stamp, act=act)
 
 
 def screen(ctx: Context, picks: Picks) -> Iterable[str]:
@@ -79,6 +84,15 @@ def screen(ctx: Context, picks: Picks) -> Iterable[str]:
         side_panel(ctx, wide, view, picks),
         runs_table(wide, view, picks),
     )
+
+
+def caches(ctx: Context, picks: Picks) -> list[str]:
+    """Memory against context, in three parts, and the cube of weight bits, KV bits and windows."""
+    known = rows.models(ctx.store)
+    picks = replace(picks, model=picks.model or (known[0] if known else ""))
+    if not len(rows.wide(ctx.store, picks.model)):
+        return [""] * 4
+    return [*memory_view.parts(ctx.store, picks), cube_view.part(ctx.store, picks)]
 
 
 def progress(ctx: Context, model: str) -> dict[str, int]:
@@ -192,9 +206,11 @@ def chips(wide: pd.DataFrame, picks: Picks) -> Markup:
     """Filters, one chip each; what is on is pressed."""
     rivals = wide[~wide["is_baseline"].astype(bool)]
     groups = [
-        chip_group("Method", "family", sorted(rivals["family"].unique()), picks.family, wide),
+        chip_group("Method", "family", sorted(rivals["family"].unique()), picks.family, kind_name),
         chip_group("Bits", "bits", sorted(rivals["bits"].unique(), key=float), picks.bits),
-        chip_group("Rounds", "target", sorted(rivals["target"].unique()), picks.target),
+        chip_group(
+            "Rounds", "target", sorted(rivals["target"].unique()), picks.target, target_words
+        ),
     ]
     switches = [
         switch_chip("Packed only", "packed", picks.packed),
@@ -207,7 +223,11 @@ def chips(wide: pd.DataFrame, picks: Picks) -> Markup:
 
 
 def chip_group(
-    title: str, name: str, values: Sequence[str], on: Sequence[str], wide: Any = None
+    title: str,
+    name: str,
+    values: Sequence[str],
+    on: Sequence[str],
+    words: Callable[[str], str] = str,
 ) -> Markup | None:
     """Chips of one filter; nothing where there is no choice."""
     if len(values) < 2 and not on:
@@ -216,7 +236,7 @@ def chip_group(
         tag(
             "button",
             _dot(value) if name == "family" else None,
-            look.label(value) if name != "family" else value,
+            words(value),
             class_="chip",
             aria_pressed="true" if value in on else "false",
             data_toggle={"name": name, "value": value},
@@ -369,7 +389,7 @@ def legend(view: pd.DataFrame) -> Markup:
     rivals = view[~view["is_baseline"]] if len(view) else view
     families = [tag("li", _dot(f), kind_name(f)) for f in sorted(set(rivals.get("family", ())))]
     shapes = [
-        tag("li", look.mark(t, True, "rtn"), t.replace("_", " ") + " rounded")
+        tag("li", look.mark(t, True, "rtn"), target_words(t) + " rounded")
         for t in sorted(set(rivals.get("target", ())))
     ]
     shapes += [

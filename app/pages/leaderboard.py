@@ -18,6 +18,7 @@ from app.leaderboard_table import board_table
 from app.markup import join, tag
 from app.pages.compare import chip_group, switch_chip
 from app.published_table import about, published_tab
+from app.recipe_words import kind_name
 from app.widgets import chart_value, connect, live, plotly_chart, query, skeleton
 
 TITLE, PATH, ORDER, KEY = "Leaderboard", "/leaderboard", 6, "l"
@@ -193,7 +194,7 @@ def filters(board: Board, picks: Picks) -> Markup:
         tag("span", selects, class_="chips") if any(selects) else None,
         voters,
         tag("span", switches, class_="chips") if any(switches) else None,
-        chip_group("Method", "family", families, picks.family, board.rows),
+        chip_group("Method", "family", families, picks.family, kind_name),
         clear if used else None,
         class_="filters",
     )

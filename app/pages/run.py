@@ -10,17 +10,18 @@ import gradio as gr
 import pandas as pd
 from markupsafe import Markup
 
-from app import layer_values, look, rows
-from app.charts import depth, layers, lkd
+from app import kv_values, layer_values, look, rows
+from app.charts import Chart, depth, layers, lkd, needle
 from app.context import Context, Picks
 from app.markup import join, tag
 from app.pages.compare import copy_line
 from app.pages.jobs import actions, error_part, perform, progress, state_of
 from app.recipe_words import recipe_of
-from app.specs import defaults, differences, flat, reproduce
+from app.specs import defaults, differences, flat, reproduce, words
 from app.table import delta_cell, number_cell
 from app.views import model_of, spec_data
 from app.widgets import chart_value, connect, live, plotly_chart, query, skeleton
+from backend.metrics import METRICS
 from jobs.events import State
 from jobs.kinds import RUN
 from jobs.queue import RunView
@@ -40,16 +41,29 @@ def build(ctx: Context) -> None:
             along = plotly_chart(elem_classes="layers-plot")
         with gr.Column(elem_classes="card chart-card lessons-card"):
             lesson = [live(""), plotly_chart(), live("")]
+        with gr.Column(elem_classes="card chart-card lessons-card"):
+            hidden = [live(""), plotly_chart(), live("")]
         with gr.Column(elem_classes="card chart-card values-card"):
             chosen = live("")
             with gr.Column(elem_classes="values-plots"):
                 pictures = [plotly_chart() for _ in range(layer_values.PLOTS)]
             values = live("")
+        with gr.Column(elem_classes="card chart-card cached-card"):
+            cached = live("")
+            with gr.Column(elem_classes="values-plots"):
+                cached_plots = [plotly_chart() for _ in range(kv_values.PLOTS)]
+            cached_numbers = live("")
         below = live(skeleton(300))
 
     def draw(request: gr.Request) -> list[str]:
         picks = Picks.read(query(request))
-        return [*screen(ctx, picks), *inside(ctx, picks), *lessons(ctx, picks)]
+        return [
+            *screen(ctx, picks),
+            *inside(ctx, picks),
+            *lessons(ctx, picks),
+            *needles(ctx, picks),
+            *keys_and_values(ctx, picks),
+        ]
 
     def act(data: Mapping[str, Any], request: gr.Request) -> Mapping[str, Any]:
         return perform(ctx, data, request)
@@ -58,7 +72,8 @@ def build(ctx: Context) -> None:
         moving = [(v.run_id, v.state, v.fraction) for v in ctx.runs.runs() if not v.state.ended]
         return ctx.store.version, tuple(moving)
 
-    outputs = [head, above, plot, below, along, chosen, *pictures, values, *lesson]
+    outputs = [head, above, plot, below, along, chosen, *pictures, values, *lesson, *hidden]
+    outputs += [cached, *cached_plots, cached_numbers]
     connect(draw, outputs, stamp=stamp, act=act)
 
 
@@ -151,8 +166,9 @@ def numbers(ctx: Context, view: RunView, model: str) -> Markup:
     own = own[own["run_id"] == view.run_id]
     if not len(own):
         return tag("p", "Nothing is measured yet.", class_="muted")
+    settings = settings_apart(ctx, view.run_id, model)
     lines = [
-        measurement_line(record, name)
+        measurement_line(record, name, settings.get(str(record[f"{name}__metric_id"]), ""))
         for record in rows.records(own)
         for name in names
         if not pd.isna(record.get(f"{name}__metric_id"))
@@ -171,13 +187,31 @@ def numbers(ctx: Context, view: RunView, model: str) -> Markup:
     )
 
 
-def measurement_line(record: Mapping[str, Any], name: str) -> Markup:
+def settings_apart(ctx: Context, run_id: str, model: str) -> dict[str, str]:
+    """{metric id: "window 512"} where one kind of metric was asked for several times."""
+    found = queries.measurements(ctx.store, model or None)
+    found = found[found["run_id"] == run_id].drop_duplicates("metric_id")
+    told: dict[str, str] = {}
+    for kind, group in found.groupby("metric"):
+        fields = METRICS.find(str(kind)).model_fields if str(kind) in METRICS.load() else {}
+        details = [json.loads(text) for text in group["detail"]]
+        for metric_id, own in zip(group["metric_id"], details, strict=True):
+            apart = [
+                f"{field} {words(own[field])}"
+                for field in fields
+                if field in own and any(other.get(field) != own[field] for other in details)
+            ]
+            told[str(metric_id)] = ", ".join(apart)
+    return told
+
+
+def measurement_line(record: Mapping[str, Any], name: str, settings: str = "") -> Markup:
     n = record.get(f"{name}__n")
     count = look.whole(n) if n is not None and not pd.isna(n) and n > 1 else look.MISSING
     place = f"{record[f'{name}__device']}, {record[f'{name}__dtype']}"
     better = record.get(f"{name}__better")
     unit = look.heading_unit(name, str(record.get(f"{name}__unit") or ""))
-    about = ", ".join(p for p in (unit, f"{better} is better" if better else "") if p)
+    about = ", ".join(p for p in (settings, unit, f"{better} is better" if better else "") if p)
     return tag(
         "tr",
         tag("th", look.label(name), " ", tag("small", about), scope="row"),
@@ -234,25 +268,40 @@ def inside(ctx: Context, picks: Picks) -> list[str]:
     return [chart, *layer_values.parts(folder / "statistics", values, picks)]
 
 
+def keys_and_values(ctx: Context, picks: Picks) -> list[str]:
+    """What the model's keys and values look like, of a run whose evaluation looked at them."""
+    found = queries.run(ctx.store, picks.id)
+    if not len(found):
+        return [""] * (kv_values.PLOTS + 2)
+    return kv_values.parts(ctx.home / "runs" / str(found["run_id"].iloc[0]), picks)
+
+
 def lessons(ctx: Context, picks: Picks) -> list[str]:
     """Title, curves and their sentence or table, of a run whose blocks were distilled."""
     table = lkd.chart_rows(ctx.store, picks)
     if not len(table):
         return ["", "", ""]
     as_table = "lkd" in picks.tables
-    switch = tag(
-        "button",
-        "Show as chart" if as_table else "Show as table",
-        class_="tool",
-        aria_pressed=str(as_table).lower(),
-        aria_label=f"{lkd.CHART.title}: show as {'chart' if as_table else 'table'}",
-        data_toggle={"name": "tables", "value": "lkd"},
+    head = tag(
+        "div", tag("h2", lkd.CHART.title), table_switch(lkd.CHART, "lkd", picks), class_="between"
     )
-    head = tag("div", tag("h2", lkd.CHART.title), switch, class_="between")
     said = tag("p", lkd.say(table), " ", LESSON, class_="muted")
     if as_table:
         return [head, "", join([said, lesson_table(table)])]
     return [head, chart_value(lkd.draw(table), lkd.say(table)), said]
+
+
+def table_switch(chart: Chart, name: str, picks: Picks) -> Markup:
+    """Between a chart and its table."""
+    as_table = name in picks.tables
+    return tag(
+        "button",
+        "Show as chart" if as_table else "Show as table",
+        class_="tool",
+        aria_pressed=str(as_table).lower(),
+        aria_label=f"{chart.title}: show as {'chart' if as_table else 'table'}",
+        data_toggle={"name": "tables", "value": name},
+    )
 
 
 LESSON = (
@@ -279,12 +328,68 @@ def lesson_table(table: pd.DataFrame) -> Markup:
     return tag("div", tag("table", top, tag("tbody", lines)), class_="scroll as-table")
 
 
+def needles(ctx: Context, picks: Picks) -> list[str]:
+    """Title, heat map and its sentence or table, of a run that was asked for needles."""
+    table = needle.chart_rows(ctx.store, picks)
+    if not len(table):
+        return ["", "", ""]
+    tools = tag(
+        "div",
+        needle_picker(ctx, picks),
+        table_switch(needle.CHART, "needle", picks),
+        class_="row",
+    )
+    head = tag("div", tag("h2", needle.CHART.title), tools, class_="between wrap")
+    said = tag("p", needle.say(table), " ", needle.unit(table), class_="muted")
+    if "needle" in picks.tables:
+        return [head, "", join([said, needle_table(table)])]
+    return [join([head, said]), chart_value(needle.draw(table), needle.say(table)), ""]
+
+
+def needle_picker(ctx: Context, picks: Picks) -> Markup:
+    """Which run to take the difference to: one that answered the same prompts."""
+    alike = needle.runs_alike(ctx.store, picks.id)
+    options = [
+        tag("option", needle.name_of(ctx.store, r), value=r, selected=r == picks.against)
+        for r in alike[:300]
+    ]
+    none = tag("option", "difference to…", value="", selected=picks.against not in alike)
+    label = "Difference of the needles to another run"
+    return tag("select", none, options, data_param="against", aria_label=label)
+
+
+def needle_table(table: pd.DataFrame) -> Markup:
+    """A row per depth, a column per length, the means at the end."""
+    grid, apart = needle.wide(table), needle.shown(table) == "difference"
+    heads = [tag("th", str(name), scope="col", class_="number") for name in grid.columns]
+    lines = [
+        tag(
+            "tr",
+            tag("th", str(depth), scope="row"),
+            [
+                tag("td", needle.text(v, apart) or look.MISSING, class_="number")
+                for v in grid.loc[depth].tolist()
+            ],
+        )
+        for depth in grid.index.tolist()
+    ]
+    top = tag("thead", tag("tr", tag("th", "Depth", scope="col"), heads))
+    return tag("div", tag("table", top, tag("tbody", lines)), class_="scroll as-table")
+
+
+ONLY_CACHE = (
+    "This recipe rounds cached keys and values only: the weights are as they were, so there are no "
+    "errors by layer."
+)
+
+
 def layer_head(heat: pd.DataFrame, spec_text: str) -> Markup:
     """Which per-layer value is shown."""
     if not len(heat):
         waiting = "Error by layer appears here once a block is quantized."
-        steps = json.loads(spec_text).get("steps")
-        return tag("p", waiting if steps else layer_values.NO_BASELINE, class_="muted")
+        rounds = recipe_of(spec_text).target
+        said = {"": layer_values.NO_BASELINE, "kv_cache": ONLY_CACHE}.get(rounds, waiting)
+        return tag("p", said, class_="muted")
     options = [
         tag("option", look.label(name), value=name, selected=name == heat.attrs["name"])
         for name in heat.attrs["names"]

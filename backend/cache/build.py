@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from backend.cache.growth import Part, total_bytes
 from backend.cache.layer import RoundedLayer, Side
 from backend.cache.rotary import Turns
 from backend.methods import Method
@@ -197,25 +199,36 @@ def cache_argument(model: nn.Module) -> str:
 
 def cache_bytes(caches: Caches, tokens: int) -> float:
     """Bytes of one packed sequence of `tokens` tokens in all layers, by formula."""
+    return float(total_bytes(cache_parts(caches), tokens))
+
+
+def cache_parts(caches: Caches) -> list[Part]:
+    """What the bytes of a packed cache are made of; layers that are kept alike make one part."""
     heads, width = cache_shape(caches.model.config)
-    if not caches.rounds:
-        return float(tokens * len(blocks_of(caches.model)) * 2 * heads * width * PLAIN_BYTES)
-    return sum(layer_bytes(layer, tokens, heads, width) for layer in caches.layers())
+    stock = DynamicCache(config=caches.model.config).layers
+    layers = caches.layers() if caches.rounds else stock
+    alike = Counter(part for layer in layers for part in layer_parts(layer, heads, width))
+    return [replace(part, layers=count) for part, count in alike.items()]
 
 
-def layer_bytes(layer: Any, tokens: int, heads: int, width: int) -> float:
-    """Of one layer; a sliding window holds as many tokens as it is long."""
-    plain = heads * width * PLAIN_BYTES
+def layer_parts(layer: Any, heads: int, width: int) -> list[Part]:
+    """Keys and values of one layer; a sliding window holds as many tokens as it is long."""
+    plain = float(heads * width * PLAIN_BYTES)
     if not isinstance(layer, RoundedLayer):
-        held = min(tokens, getattr(layer, "sliding_window", None) or tokens)
-        return 2.0 * held * plain
-    total = 0.0
-    for side in layer.sides:
-        rounded = side.rounded(tokens)
-        if side.codec is not None:
-            total += rounded * side.codec.bits_per_token(heads, width) / 8
-        total += (tokens - rounded) * plain
-    return total
+        window = getattr(layer, "sliding_window", None) or 0
+        return 2 * [Part(plain, plain, window=int(window))]
+    return [
+        Part(plain, plain)
+        if side.codec is None
+        else Part(
+            plain,
+            side.codec.bits_per_token(heads, width) / 8,
+            block=side.codec.block,
+            residual=side.residual,
+            sinks=side.sinks,
+        )
+        for side in layer.sides
+    ]
 
 
 @dataclass(frozen=True)
@@ -236,8 +249,8 @@ def token_bytes(caches: Caches) -> TokenBytes:
     device = next(caches.model.parameters()).device
     source = torch.Generator().manual_seed(0)
     for layer in layers:
-        formula += layer_bytes(layer, 2 * tokens, heads, width)
-        formula -= layer_bytes(layer, tokens, heads, width)
+        parts = layer_parts(layer, heads, width)
+        formula += total_bytes(parts, 2 * tokens) - total_bytes(parts, tokens)
         held = []
         for _ in range(2):
             states = torch.randn(2, 1, heads, tokens, width, generator=source).to(device)

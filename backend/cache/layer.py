@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from backend.cache.codec import Codec, Codes
+from backend.cache.growth import rounded_tokens
 from backend.cache.rotary import Turns, rotate, unrotate
 
 Prefill = Literal["quant", "fp"]
@@ -29,10 +30,7 @@ class Side:
         """How many of `count` tokens are rounded, the oldest after the sinks."""
         if self.codec is None:
             return 0
-        after = max(0, count - self.sinks)
-        if self.codec.block == 1:
-            return max(0, after - self.residual)
-        return after - after % max(self.residual, self.codec.block)
+        return int(rounded_tokens(count, self.codec.block, self.residual, self.sinks))
 
     @property
     def mixes_tokens(self) -> bool:

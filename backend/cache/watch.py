@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from backend.cache.build import bring_turns, cache_argument, turns_keys
 from backend.cache.layer import RoundedLayer, Side
 from backend.cache.rotary import rotate, unrotate
-from backend.model.families import Block
+from backend.model.families import Block, blocks_of
 
 
 @dataclass
@@ -134,3 +134,28 @@ def ready(model: nn.Module, blocks: Sequence[Block], slopes: bool) -> Iterator[N
             hook.remove()
         for block in blocks if slopes else ():
             del block.module.forward
+
+
+def passed(model: nn.Module, ids: Tensor) -> dict[int, tuple[Tensor | None, Tensor, Tensor]]:
+    """ids [1, T] through the model -> {block: keys before and after RoPE, values}, each [T, C].
+
+    Keys before RoPE are None where there is none. Of blocks that cache every token.
+    """
+    config: Any = model.config
+    stock = DynamicCache(config=config).layers
+    layers = [Watch(slopes=False) if type(plain) is DynamicLayer else plain for plain in stock]
+    home = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    blocks = blocks_of(model)
+    with torch.no_grad(), ready(model, blocks, slopes=False):
+        given = {cache_argument(model): Cache(layers=layers)}
+        model(input_ids=ids.to(home), use_cache=True, **given)
+    found = {}
+    for block, layer in zip(blocks, layers, strict=False):  # last blocks may share others' caches
+        if not isinstance(layer, Watch) or layer.states is None:
+            continue
+        keys, values = settled(layer.states, (), None)
+        turns = layer.turns if turns_keys(block) else None
+        turned = turns is not None and turns.cos is not None
+        before = settled(layer.states, (), turns)[0] if turned else None
+        found[block.index] = (before, keys, values)
+    return found

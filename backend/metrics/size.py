@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from backend.cache.build import cache_bytes, token_bytes
+from backend.cache.build import cache_bytes, cache_parts, token_bytes
 from backend.metrics import METRICS
 from backend.metrics.base import Measurement, Metric
 from backend.model.families import blocks_of, cache_shape
@@ -172,20 +172,20 @@ def kv_measurement(run: Run) -> Measurement:
 
     Of a recipe with a KV step: what a packed cache really grew by while it was filled, whatever
     storage the run has; a simulated cache holds rounded numbers in the type that computes.
+    `cache_parts` in the detail says what any context takes (backend/cache/growth.py).
     """
-    plain = plain_kv_bytes(run)
-    detail: dict[str, Any] = {"plain_bytes": plain}
+    plain, context = plain_kv_bytes(run), run.context
+    parts = [asdict(part) for part in cache_parts(run.caches)]
+    detail: dict[str, Any] = {"plain_bytes": plain, "context": context, "cache_parts": parts}
     if not run.caches.rounds:
         return Measurement("kv_bytes_per_token", plain, "bytes", "lower", detail=detail)
     found = token_bytes(run.caches)
-    context = run.context
     detail |= {
         "basis": "measured: growth of a packed cache",
         "formula_bytes": found.formula,
         "measured_tokens": found.tokens,
         "compression": plain / found.measured,
         "bits_per_number": 8 * PLAIN_BYTES * found.measured / plain,
-        "context": context,
         "context_bytes": cache_bytes(run.caches, context),
         "plain_context_bytes": plain * context,
     }

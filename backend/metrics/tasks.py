@@ -18,13 +18,13 @@ from pydantic import Field
 from backend.cache.build import cache_argument
 from backend.metrics import METRICS
 from backend.metrics.base import Measurement, Metric
+from backend.model.identity import DEMOS
 from backend.registry import nearest, short_hash
 
 if TYPE_CHECKING:
     from backend.run import Run
 
 DEMO_GROUP = "demo"
-DEMO_MODELS = ("demo", "demo-outliers")
 SHARES = ("acc", "exact_match", "bleu_acc", "f1", "em")  # beginnings of metrics between 0 and 1
 SEED = 1234  # lm-eval's own for few-shot examples; ours for the choice of items
 
@@ -68,7 +68,7 @@ class Tasks(Metric):
         return run.once(f"tasks {self.data()}", lambda: self._plan(run.spec.model.id))
 
     def _plan(self, model: str) -> Plan:
-        names = self.names or ((DEMO_GROUP,) if model in DEMO_MODELS else ())
+        names = self.names or ((DEMO_GROUP,) if model in DEMOS else ())
         if not names:
             raise ValueError(
                 "tasks: name at least one lm-eval task (names=[arc_easy]); only the bundled model "

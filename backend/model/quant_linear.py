@@ -148,10 +148,6 @@ class QuantLinear(LinearLike):
         """Why the weights cannot be packed, "" if a kernel may try."""
         if self.qtensor is None:
             return "its weights are not quantized"
-        if self.qtensor.column_group is not None:
-            return "act order without static groups scatters a group's columns over the row"
-        if self.qtensor.sparse is not None:
-            return "no kernel here multiplies by outliers kept apart"
         if self.act_params is not None:
             return "no kernel here takes static activation scales"
         return ""
@@ -162,19 +158,38 @@ class QuantLinear(LinearLike):
             raise ValueError(reason)
         assert self.qtensor is not None
         act = None if self.act is None else self.act.data()
-        form = self.qtensor.format.data()
-        return find(form, act, device, self.out_features, self.in_features)
+        return find(self.packed_form(), act, device, self.out_features, self.in_features)
+
+    def packed_form(self) -> dict[str, Any]:
+        """What kernels are told: the format, and under "beside" what the weights have beside it."""
+        assert self.qtensor is not None
+        beside = sorted(self.beside())
+        return {**self.qtensor.format.data(), **({"beside": beside} if beside else {})}
+
+    def beside(self) -> dict[str, dict[str, Tensor]]:
+        """What the weights have beside codes and parameters, by its name in `packed_form`."""
+        assert self.qtensor is not None
+        found = {}
+        if (index := self.qtensor.column_group) is not None:
+            found["column_group"] = {"column_group": index}
+        if (sparse := self.qtensor.sparse) is not None:
+            names = ("row_ptr", "column", "value")
+            found["outliers"] = {name: getattr(sparse, name) for name in names}
+        return found
 
     def pack(self, kernel: Kernel) -> None:
         """Hand the weights to `kernel` and drop W_hat and the codes."""
         if reason := self.why_not_packed():
             raise ValueError(f"cannot pack: {reason}; use storage='simulated'")
         assert self.qtensor is not None
-        q = moved(self.qtensor, self.weight.device)
+        device = self.weight.device
+        q = moved(self.qtensor, device)
         act = None if self.act is None else self.act.data()
-        self.packed_weight = kernel.pack(q.codes, q.params, q.format.data(), act)
+        form = self.packed_form()
+        held = {k: t.to(device) for part in self.beside().values() for k, t in part.items()}
+        self.packed_weight = kernel.pack(q.codes, {**q.params, **held}, form, act)
         self.kernel = kernel
-        self.container = kernel.container(q.format.data())
+        self.container = kernel.container(form)
         self.qtensor = None
         self.weight = None  # type: ignore[assignment]
 

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from kernels.base import Case, Json, Packed
-from kernels.integers import activation_codes, int_format, refuse, rounded_activations, zeros
+from kernels.integers import (
+    activation_codes,
+    int_format,
+    random_weight,
+    refuse,
+    rounded_activations,
+    zeros,
+)
 
 W8, A8 = int_format(bits=8, symmetric=True), int_format(bits=8, symmetric=True)
 MIDDLE = 128  # of unsigned bytes
@@ -90,6 +97,9 @@ class IntActCpu:
         if "shift" in packed.tensors:
             w = w + packed.tensors["shift"][:, None]
         return rounded_activations(x, packed.act) @ w.T
+
+    def example(self, case: Case, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        return random_weight(case, generator)
 
     def container(self, weight: Json) -> str:
         if weight["bits"] == 8:

@@ -21,6 +21,7 @@ from kernels.integers import (
     activation_codes,
     group_of,
     int_format,
+    random_weight,
     refuse,
     rounded_activations,
     zeros,
@@ -82,6 +83,9 @@ class IntCpu:
     def reference(self, x: Tensor, packed: Packed) -> Tensor:
         w = dense4(packed) if packed.weight["bits"] <= 4 else dense8(packed)
         return rounded_activations(x, packed.act) @ w[: packed.n, : packed.k].T
+
+    def example(self, case: Case, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        return random_weight(case, generator)
 
     def container(self, weight: Json) -> str:
         width = 4 if weight["bits"] <= 4 else 8

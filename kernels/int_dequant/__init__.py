@@ -13,7 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.base import Case, Json, Packed
-from kernels.integers import dequantized, int_format, refuse, rounded_activations
+from kernels.integers import (
+    dequantized,
+    int_format,
+    random_weight,
+    refuse,
+    rounded_activations,
+)
 
 WIDTHS = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}  # bits of a code -> bits of its field
 
@@ -55,6 +61,9 @@ class IntDequant:
 
     def reference(self, x: Tensor, packed: Packed) -> Tensor:
         return rounded_activations(x, packed.act) @ dense(packed).T
+
+    def example(self, case: Case, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        return random_weight(case, generator)
 
     def container(self, weight: Json) -> str:
         width = WIDTHS[weight["bits"]]

@@ -7,11 +7,13 @@ import json
 import math
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from app import first_tour
 from app.recipe_words import recipe_of
+from backend.cache.growth import Part
 from backend.metrics import METRICS
 from backend.spec import ModelRef, RunSpec
 from jobs import folders
@@ -112,6 +114,8 @@ def _events(spec: RunSpec, text: str, at: int) -> Iterator[dict[str, Any]]:
     ]
     for kind, name, value, unit, better, n, stderr in numbers:
         yield _measurement(kind, name, value, unit, better, n, stderr, spec.storage)
+    yield _needle(loss, spec.storage)
+    yield cache_event(Part(512.0, 512.0, layers=2), 1024)
     if spec.steps:
         modules = [
             "self_attn.q_proj",
@@ -143,6 +147,41 @@ def _events(spec: RunSpec, text: str, at: int) -> Iterator[dict[str, Any]]:
             "module": "mlp.down_proj",
             "text": "Hessian singular at damping 0.01; rounded to nearest instead",
         }
+
+
+def cache_event(part: Part, context: int) -> dict[str, Any]:
+    """What `size` says of a cache whose keys and values are all kept as `part` is."""
+    plain, grows = (part.layers * each for each in (part.plain_bytes, part.rounded_bytes))
+    found = _measurement(
+        "size", "kv_bytes_per_token", grows, "bytes", "lower", 1, None, "simulated"
+    )
+    parts = [asdict(part)]
+    return found | {"detail": {"plain_bytes": plain, "context": context, "cache_parts": parts}}
+
+
+def _needle(loss: float, storage: str) -> dict[str, Any]:
+    """Keys found in 2 lengths at 2 depths, 2 asked in each; the more is lost, the fewer."""
+    lengths, depths, per_cell = [128, 1024], [0.0, 100.0], 2
+    scores = [
+        float(0.9 * (at + 1) / len(lengths) * loss < (repeat + 1) / 4)
+        for at in range(len(lengths))
+        for _ in depths
+        for repeat in range(per_cell)
+    ]
+    shares = [sum(scores[i : i + per_cell]) / per_cell for i in range(0, len(scores), per_cell)]
+    detail = {
+        "lengths": lengths,
+        "depths": depths,
+        "repeats": per_cell,
+        "needles": 1,
+        "cells": [shares[i : i + len(depths)] for i in range(0, len(shares), len(depths))],
+        "left_out": {"2048": "longer than the context of 1024"},
+        "keys": ["4188"] * len(scores),
+        "answers": [" 4188." if score else " 4<1>8." for score in scores],
+    }
+    value, n = sum(scores) / len(scores), len(scores)
+    found = _measurement("needle", "needle", value, "share", "higher", n, 0.02, storage)
+    return found | {"detail": detail}
 
 
 def _measurement(

@@ -125,7 +125,7 @@ def test_outliers_and_act_order_survive_saving(weight, x):
     again = QuantLinear.from_state(*layer.to_state(), torch.float32)
     assert torch.equal(again(x), layer(x))
     assert layer.weight[6, 5] == 9
-    with pytest.raises(ValueError, match="act order without static groups"):
+    with pytest.raises(ValueError, match="act order scatters over groups and outliers kept apart"):
         layer.kernel_for("cpu")
 
 
