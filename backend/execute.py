@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from backend import data, kv_statistics
+from backend import data, kv_statistics, truth
 from backend.baseline import StoredBaseline, check_disk, fits, locked, trace_folder
 from backend.environment import environment
 from backend.metrics import Measurement, Metric
@@ -138,7 +139,10 @@ class Stage:
         side_by_side = self.both_fit(dtype)
         if not side_by_side:
             self.store_baseline(metrics, dtype)
+        twin = self.twin(dtype)
         run = self.open(self.spec, dtype, side_by_side=side_by_side)
+        if twin is not None:
+            self.check_kernels(twin, run)
         for at, metric in enumerate(metrics):
             run.on_progress = self.progress_of(metric, at, len(metrics))
             run.caches.start_count()
@@ -149,6 +153,22 @@ class Stage:
         if self.stage == "evaluate" and (run.caches.rounds or self.spec.is_baseline):
             kv_statistics.record(run, self.folder)
         self.progress_of(metrics[-1], len(metrics) - 1, len(metrics))(1, 1, "")
+
+    def twin(self, dtype: torch.dtype) -> truth.Twin | None:
+        """What the simulated model says, in the first stage that opens packed weights."""
+        stages = [stage for stage in self.spec.stages() if stage != "quantize"]
+        weights = self.spec.walks and "weights" in self.spec.targets()
+        if self.spec.storage != "packed" or not weights or self.stage != stages[0]:
+            return None
+        simulated = self.spec.model_copy(update={"storage": "simulated", "metrics": ()})
+        return truth.Twin(self.open(simulated, dtype))
+
+    def check_kernels(self, twin: truth.Twin, run: Run) -> None:
+        """Report how far the packed model is from its twin; a fault is a note, too."""
+        measured = twin.measure(run)
+        self.report(measured, Source.of_gate(run, twin.ids))
+        if said := truth.fault(measured):
+            self.note(None, "", said)
 
     def open(self, spec: RunSpec, dtype: torch.dtype, *, side_by_side: bool = True) -> Run:
         """The run's model on the device."""
@@ -270,6 +290,20 @@ class Source:
                 "metric_id": short_hash([metric.digest(), hashed]),
                 "metric": metric.kind,
                 "version": metric.version,
+                "data": hashed,
+                "dtype": run.dtype,
+            }
+        )
+
+    @staticmethod
+    def of_gate(run: Run, ids: Tensor) -> Source:
+        """The packed model against its simulated twin."""
+        hashed = run.hash(ids)
+        return Source(
+            {
+                "metric_id": short_hash([truth.KIND, truth.VERSION, hashed]),
+                "metric": truth.KIND,
+                "version": truth.VERSION,
                 "data": hashed,
                 "dtype": run.dtype,
             }

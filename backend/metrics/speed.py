@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -15,6 +15,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from backend.bandwidth import peak_of, token_traffic
+from backend.energy import Energy
 from backend.metrics import METRICS
 from backend.metrics.base import Better, Measurement, Metric
 
@@ -38,15 +40,23 @@ class Speed(Metric):
     """Latency and memory of greedy generation, one sequence, end token ignored.
 
     Time to first token (prefill and first choice), time per later token, tokens per second, peak
-    memory. After a warm-up; the median of the repeats counts and their 20th and 80th percentiles
-    are kept. Only for packed weights and the 16-bit model: rounding a dense copy on the fly is
-    slower than the real thing by construction.
+    memory, the share of the memory's bandwidth that the bytes a token must move make use of (MBU),
+    and energy per token where the device reports it. After a warm-up; the median of the repeats
+    counts and their 20th and 80th percentiles are kept. Only for packed weights and the 16-bit
+    model: rounding a dense copy on the fly is slower than the real thing by construction.
     """
 
     kind: ClassVar[str] = "speed"
     alone: ClassVar[bool] = True
     storage: ClassVar[Literal["any", "packed"]] = "packed"
-    yields: ClassVar[tuple[str, ...]] = ("ttft_ms", "tpot_ms", "decode_tps", "peak_memory_bytes")
+    yields: ClassVar[tuple[str, ...]] = (
+        "ttft_ms",
+        "tpot_ms",
+        "decode_tps",
+        "peak_memory_bytes",
+        "mbu",
+        "energy_per_token",
+    )
     prompt: int = Field(128, ge=1, le=131072, description="Tokens in the prompt.")
     output: int = Field(64, ge=2, le=8192, description="Tokens generated.")
     repeats: int = Field(10, ge=3, le=1000, description="Generations timed.")
@@ -58,13 +68,21 @@ class Speed(Metric):
         for output in (self.output, *[2] * SHORT_WARMUPS):
             generation(run, ids, output)
         gc.collect()
-        peak = PeakMemory(run.device)
+        peak, energy = PeakMemory(run.device), Energy(run.device)
         timed = []
         for done in range(self.repeats):
             run.progress(done, self.repeats, f"generation {done + 1} of {self.repeats}")
             timed.append(generation(run, ids, self.output))
-        yield from self.timings(timed, {"prompt": self.prompt, "output": self.output, "batch": 1})
-        yield peak.measurement()
+        joules, memory = energy.used(), peak.measurement()
+        how = {"prompt": self.prompt, "output": self.output, "batch": 1}
+        about = {"energy": energy.source} if joules is not None else {"no_energy": energy.why_not}
+        yield from self.timings(timed, {**how, **about})
+        yield memory
+        yield self.bandwidth_use(run, timed, how)
+        if joules is not None:
+            tokens = self.repeats * self.output
+            told = {**how, "source": energy.source, "joules": joules}
+            yield Measurement("energy_per_token", joules / tokens, "J", "lower", detail=told)
 
     def timings(self, timed: Sequence[Generation], detail: dict[str, Any]) -> Iterator[Measurement]:
         """The three times, each the median over the repeats."""
@@ -76,6 +94,23 @@ class Speed(Metric):
             "tpot_ms", [s * 1e3 for s in steps], "ms", "lower", {**detail, "tokens": tokens}
         )
         yield spread("decode_tps", [1 / s for s in steps], "tokens/s", "higher", detail)
+
+    def bandwidth_use(
+        self, run: Run, timed: Sequence[Generation], how: Mapping[str, Any]
+    ) -> Measurement:
+        """MBU: (weights and cache to read per token) / TPOT / the memory's bandwidth."""
+        moved = token_traffic(run, self.prompt + self.output / 2)
+        peak = peak_of(run.device)
+        times = [sum(g.steps_s) / len(g.steps_s) for g in timed]
+        shares = [sum(moved.values()) / t / peak.value for t in times]
+        detail = {
+            **how,
+            "weight_bytes": moved["weights"],
+            "cache_bytes": moved["cache"],
+            "peak_bytes_per_s": peak.value,
+            "peak_basis": peak.basis,
+        }
+        return spread("mbu", shares, "fraction", "higher", detail)
 
 
 def check(run: Run, length: int) -> None:

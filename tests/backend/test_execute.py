@@ -18,6 +18,7 @@ from backend.pipeline import Cancelled
 from backend.recipes import parse
 from backend.run import Run
 from backend.spec import RunSpec
+from kernels.base import kernels
 
 
 class Folder:
@@ -318,6 +319,33 @@ def test_packed_runs_are_timed_and_simulated_ones_are_not(make):
     assert size["value"] == size["detail"]["resident_bytes"]
     with pytest.raises(ValueError, match="speed needs packed weights"):
         make("b", "rtn", speed)
+
+
+def test_a_packed_run_is_held_against_its_simulated_twin_once(make):
+    speed = {"kind": "speed", "prompt": 8, "output": 4, "repeats": 3}
+    run = make("a", "rtn(bits=4,group=32)", "size", speed, storage="packed").do()
+    (told,) = [e for e in run.of("measurement") if e["name"] == "kernel_kld"]
+    assert 0 < told["value"] <= told["detail"]["limit"]
+    assert not told["detail"]["faulty"]
+    assert not [e for e in run.of("note") if "kernel fault" in e["text"]]
+    simulated = make("b", "rtn(bits=4,group=32)", "size").do()
+    assert "kernel_kld" not in simulated.values()
+
+
+def test_a_wrong_kernel_is_a_fault_on_the_result(make, monkeypatch):
+    kernel = kernels()["int_cpu"]
+    right = kernel.matmul
+
+    def wrong(x, packed):
+        y = right(x, packed)
+        y[:, ::16] *= 2  # as if a tile read another tile's scales
+        return y
+
+    monkeypatch.setattr(kernel, "matmul", wrong, raising=False)
+    run = make("a", "rtn(bits=4,group=32)", "size", storage="packed").do()
+    (told,) = [e for e in run.of("measurement") if e["name"] == "kernel_kld"]
+    assert told["detail"]["faulty"]
+    assert [e for e in run.of("note") if e["text"].startswith("kernel fault: the packed model is")]
 
 
 def test_what_no_kernel_takes_is_refused_by_name(make):
