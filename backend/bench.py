@@ -58,7 +58,9 @@ def time_methods(names: Sequence[str]) -> list[dict[str, Any]]:
     weight = torch.randn(SIDE, SIDE, generator=generator)
     inputs = torch.randn(TOKENS, SIDE, generator=generator)
     steps = {name: METHODS.build(SOLVERS[name]) for name in names}
-    calls = {name: lambda step=step: solve(step, weight, inputs) for name, step in steps.items()}
+    calls = {
+        name: lambda number, step=step: solve(step, weight, inputs) for name, step in steps.items()
+    }
     timings = interleaved(calls, rounds=ROUNDS)
     rows = [row_of(name, steps[name], timings) for name in names]
     for row in rows:

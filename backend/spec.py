@@ -49,7 +49,6 @@ class JobSpec(Frozen):
     """What every kind of job says of itself."""
 
     kind: str
-    model: ModelRef
 
     @model_validator(mode="before")
     @classmethod
@@ -77,6 +76,7 @@ class RunSpec(JobSpec):
     """One run: quantize a model by `steps`, then measure it. No steps is the 16-bit baseline."""
 
     kind: Literal["run"] = "run"
+    model: ModelRef
     steps: tuple[MethodField, ...] = ()
     metrics: tuple[MetricField, ...] = ()
     calibration: Calibration = Calibration()
@@ -167,6 +167,7 @@ class MineSpec(JobSpec):
     """Answers of a model's variants to a pool of prompts, each compared with the 16-bit answer."""
 
     kind: Literal["mine"] = "mine"
+    model: ModelRef
     runs: tuple[RunId, ...] = Field((), description="Finished runs of the model; none: all.")
     prompts: tuple[str, ...] = Field((), description="Ids in the pool; none: the whole pool.")
     temperature: float = Field(0.0, ge=0, le=HOTTEST, description="Of sampling; 0 is greedy.")
@@ -195,3 +196,28 @@ class MineSpec(JobSpec):
     def sampling(self) -> Sampling:
         """How every answer is drawn."""
         return Sampling(self.temperature, self.top_p, self.max_new, self.seed)
+
+
+Shape = Annotated[str, Field(pattern=r"^[1-9]\d{0,6}x[1-9]\d{0,6}$")]  # n x k
+
+
+class BenchSpec(JobSpec):
+    """Times of kernels beside a bf16 product, on the device that the job gets."""
+
+    kind: Literal["bench"] = "bench"
+    kernels: tuple[str, ...] = Field((), description="Names of kernels; none: all of them.")
+    shapes: tuple[Shape, ...] = Field((), description="n x k of the weights; none: two usual ones.")
+    rows: tuple[Annotated[int, Field(ge=1, le=8192)], ...] = Field(
+        (), description="Rows of x (tokens at once); none: 1, 8 and 64."
+    )
+    asked: float = Field(0.0, ge=0, description="When, in unix seconds: times are always new.")
+    version: ClassVar[int] = 1
+
+    def artifact_id(self) -> str:
+        return short_hash([self.model_dump(mode="json"), self.version])
+
+    def fingerprint(self) -> str:
+        return self.artifact_id()
+
+    def stages(self) -> list[str]:
+        return ["time"]

@@ -15,17 +15,19 @@ def register(
     schema: str,
     *,
     cpu: Callable[..., Any],
-    cuda: Callable[..., Any],
+    cuda: Callable[..., Any] | None = None,
     fake: Callable[..., Any],
 ) -> Callable[..., Any]:
     """An op such as "twice(Tensor x, int n) -> Tensor" -> what calls it.
 
-    `cpu` and `cuda` take the schema's arguments; `cuda` imports Triton only when called. `fake`
-    makes an empty tensor of the result's shape, type and device.
+    `cpu` and `cuda` take the schema's arguments; `cuda` imports Triton only when called, and is
+    left out where another op serves GPUs. `fake` makes an empty tensor of the result's shape, type
+    and device.
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, cpu, "CPU")
-    LIBRARY.impl(name, cuda, "CUDA")
+    if cuda is not None:
+        LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"quantarena::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.quantarena, name).default  # the overload: no lookup at every call

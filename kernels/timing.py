@@ -1,4 +1,4 @@
-"""Fair timing of small functions: interleaved rounds, medians and spread, unsteady flagged."""
+"""Fair timing of small functions: in turn, cold weights, medians and spread, unsteady flagged."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+
+CALLS = 20  # of one function in a CUDA graph
+ROUNDS = 30
+
+Call = Callable[[int], object]  # takes the number of the call: which of the copies to use
 
 
 @dataclass(frozen=True)
@@ -26,24 +31,62 @@ class Timing:
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], object]], rounds: int = 30, device: str = "cpu"
+    functions: Mapping[str, Call], rounds: int | None = None, device: str = "cpu"
 ) -> dict[str, Timing]:
-    """Every function once a round, in turn, so that a machine that slows down slows all alike."""
+    """Every function once a round, in turn, so that a machine that slows down slows all alike.
+
+    A call on a GPU counts with its launch: the queue is drained before and after it.
+    """
     for call in functions.values():
-        call()
+        call(0)
     samples: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
+    for number in range(rounds or ROUNDS):
         for name, call in functions.items():
-            samples[name].append(once(call, device))
+            samples[name].append(once(call, number, device))
     return {name: summary(values) for name, values in samples.items()}
 
 
-def once(call: Callable[[], object], device: str) -> float:
+def replayed(functions: Mapping[str, Call]) -> dict[str, Timing]:
+    """As `interleaved` on a GPU, CALLS calls of a function in one CUDA graph: no launch counts."""
+    graphs = {name: captured(call) for name, call in functions.items()}
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(ROUNDS):
+        for name, graph in graphs.items():
+            samples[name].append(replay(graph) / CALLS)
+    return {name: summary(values) for name, values in samples.items()}
+
+
+def captured(call: Call) -> torch.cuda.CUDAGraph:
+    """CALLS calls as one graph, warmed up on a stream of its own as capture wants it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for number in range(3):
+            call(number)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for number in range(CALLS):
+            call(number)
+    return graph
+
+
+def replay(graph: torch.cuda.CUDAGraph) -> float:
+    """Milliseconds of one replay, by events on the GPU."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def once(call: Call, number: int, device: str) -> float:
     """Milliseconds of one call, the device's queue drained before and after."""
     if device != "cpu":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    call()
+    call(number)
     if device != "cpu":
         torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - start)

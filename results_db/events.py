@@ -20,6 +20,8 @@ KEYS: dict[str, tuple[str, ...]] = {
     "mined": ("job_id", "run_id", "prompt_id"),
     "judged_answers": ("job_id", "run_id", "question", "turn"),
     "verdicts": ("job_id", "question", "turn", "run_a", "run_b", "swapped"),
+    "kernel_times": ("job_id", "kernel", "weight", "act", "m", "n", "k"),
+    "ceilings": ("job_id", "name"),
 }
 
 
@@ -183,6 +185,25 @@ def _verdict(batch: Batch, event: Event) -> None:
     batch.put("verdicts", of_job | flags | {name: event[name] for name in VERDICT})
 
 
+KERNEL_TIME = (
+    *("kernel", "weight", "act", "m", "n", "k", "weight_bytes", "steady", "correct"),
+    *("device", "threads"),
+)
+KERNEL_NUMBERS = ("median_ms", "p20_ms", "p80_ms", "eager_ms", "ratio_to_bf16", "max_rel_err")
+
+
+def _kernel_time(batch: Batch, event: Event) -> None:
+    of_job = {"job_id": batch.run["run_id"], "measured_at": _time(event)}
+    numbers = {name: number(event[name]) for name in KERNEL_NUMBERS}
+    batch.put("kernel_times", of_job | numbers | {name: event[name] for name in KERNEL_TIME})
+
+
+def _ceiling(batch: Batch, event: Event) -> None:
+    of_job = {"job_id": batch.run["run_id"], "measured_at": _time(event)}
+    told = {name: event[name] for name in ("name", "unit", "device")}
+    batch.put("ceilings", of_job | told | {"value": number(event["value"])})
+
+
 def _conditions(batch: Batch, event: Event) -> Row:
     """What a number was measured under, beside the columns it shares with a layer's."""
     return {
@@ -217,4 +238,6 @@ FOLDS: dict[str, Callable[[Batch, Event], None]] = {
     "mined": _mined,
     "answer": _answer,
     "verdict": _verdict,
+    "kernel_time": _kernel_time,
+    "ceiling": _ceiling,
 }

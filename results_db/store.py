@@ -17,7 +17,7 @@ __all__ = ["Store", "StoreError"]
 
 RUN_TABLES = (
     *("items", "layers", "measurements", "notes", "runs"),
-    *("judged_answers", "mined", "verdicts"),
+    *("judged_answers", "mined", "verdicts", "kernel_times", "ceilings"),
 )
 VECTOR = 2048  # rows in one of DuckDB's result vectors
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from backend.cache.attention import cache_of, offer_packed, take_place
 from backend.cache.growth import Part, total_bytes
 from backend.cache.layer import RoundedLayer, Side
 from backend.cache.rotary import Turns
@@ -64,6 +65,10 @@ class Caches:
                 "in one pass is predicted with some knowledge of the rest of each group"
             )
         self._watch()
+        if packed and (reason := take_place(model)):
+            self.notes.append(
+                f"{self.step.kind}: each new token unpacks all keys and values to 16 bits: {reason}"
+            )
 
     @property
     def rounds(self) -> bool:
@@ -142,11 +147,7 @@ class Caches:
         for block in self.blocks:
             attention = block.get(block.family.attention)
             attention.register_forward_pre_hook(bring_turns(block.index), with_kwargs=True)
-
-
-def cache_of(kwargs: dict[str, Any]) -> Cache | None:
-    """The cache among the arguments of a model or an attention module."""
-    return next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+            attention.register_forward_pre_hook(offer_packed(block.index), with_kwargs=True)
 
 
 def refuse_padding(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from backend.formats import Format, QTensor
+from kernels.kv_decode import OFFSETS, why_not_held
+from kernels.kv_decode.layout import Held
 from kernels.packing import pack_bits, packed_bytes, unpack_bits
 
 Codes = dict[str, Tensor]  # each [B, ..., n, ...]: tokens, or blocks of them, on dimension 2
@@ -51,6 +53,13 @@ class Codec:
         """The inverse of `pack`."""
         return packed
 
+    def held(self, newest: Tensor, first: Tensor | None, packed: Codes | None) -> Held | None:
+        """Packed codes between first and newest tokens for the op that reads such; None: it cannot.
+
+        newest [B, H, r, D], first [B, H, s, D], both in 16 bits.
+        """
+        return None
+
     def join(self, parts: Sequence[Codes]) -> Codes:
         """Packed codes of earlier and later tokens in one."""
         return {name: torch.cat([part[name] for part in parts], 2) for name in parts[0]}
@@ -79,6 +88,7 @@ class GridCodec(Codec):
         self.block = grid.group if axis == "channel" else 1
         self.mixes_tokens = axis == "channel"
         self._widths: dict[str, int] = {}  # name -> bits of one whole number
+        self._held: dict[int, bool] = {}
         self._shapes: dict[str, torch.Size] = {}  # name -> [H, ...] of one token or block, unpacked
 
     def encode(self, x: Tensor) -> Codes:
@@ -106,11 +116,34 @@ class GridCodec(Codec):
         return total / self.block
 
     def pack(self, codes: Codes) -> Codes:
+        codes = self._channels_last(codes)
         self._shapes = {k: torch.Size([v.shape[1], *v.shape[3:]]) for k, v in codes.items()}
         return {name: self._packed(name, value) for name, value in codes.items()}
 
     def unpack(self, packed: Codes) -> Codes:
-        return {name: self._unpacked(name, value) for name, value in packed.items()}
+        codes = {name: self._unpacked(name, value) for name, value in packed.items()}
+        return self._channels_last(codes)
+
+    def held(self, newest: Tensor, first: Tensor | None, packed: Codes | None) -> Held | None:
+        if not self._readable(newest.shape[-1]):
+            return None
+        if packed is None:
+            return Held(newest, first=first)
+        scale = packed["scale"].squeeze(-1) if self.axis == "channel" else packed["scale"]
+        beside = OFFSETS[self.grid.kind]
+        offset = packed.get(beside)
+        if offset is not None and offset.dtype == torch.uint8:
+            offset = offset.squeeze(1)
+        elif offset is not None:
+            offset = offset.squeeze(-1) if self.axis == "channel" else offset
+        codes, bits = packed["codes"].squeeze(1), self._width("codes")
+        return Held(newest, codes, scale, offset, first, bits, self.block)
+
+    def _readable(self, dim: int) -> bool:
+        """True if there is an op that reads these codes in heads of `dim` channels."""
+        if dim not in self._held:  # asked for every token
+            self._held[dim] = why_not_held(self.grid.data(), self.axis, dim) is None
+        return self._held[dim]
 
     def _units(self, x: Tensor) -> Tensor:
         """x [B, H, t, D] -> rows on the last axis: as it is, or [B, H, t / block, D, block]."""
@@ -119,6 +152,12 @@ class GridCodec(Codec):
     def _tokens(self, units: Tensor) -> Tensor:
         """The inverse of `_units`."""
         return units if self.axis == "token" else units.transpose(-1, -2).flatten(2, 3)
+
+    def _channels_last(self, codes: Codes) -> Codes:
+        """Codes of blocks [B, H, n, D, block] -> [B, H, n, block, D], as attention reads them."""
+        if self.axis == "token":
+            return codes
+        return {**codes, "codes": codes["codes"].transpose(-1, -2)}
 
     def _row(self, dim: int) -> QTensor:
         """One row of a head of `dim` channels, rounded."""

@@ -11,7 +11,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from backend.cache.codec import Codec, Codes
 from backend.cache.growth import rounded_tokens
-from backend.cache.rotary import Turns, rotate, unrotate
+from backend.cache.rotary import Turns, unrotate
+from backend.cache.tokens import Tokens, turned
+from kernels.kv_decode.layout import Held
 
 Prefill = Literal["quant", "fp"]
 READ_TOKENS = 1024  # of a packed cache, decoded to fp32 at once
@@ -92,15 +94,31 @@ class Store:
             parts = [self.side.codec.pack(codes)]
             self.codes = self.side.codec.join([*([self.codes] if self.codes else []), *parts])
         else:
-            self.dense = joined(self.dense, self._values(codes, start).to(old.dtype))
+            values = turned(self.side.codec.decode(codes), self.turns, start)
+            self.dense = joined(self.dense, values.to(old.dtype))
         self.rounded += due
 
     def read(self) -> Tensor:
         """All tokens as attention sees them [B, H, n, D]."""
-        body = self.dense if not self.packed else self._decoded()
-        held = [x for x in (self.first, body, self.newest) if x is not None and x.shape[2]]
-        assert held
+        assert self.newest is not None
+        if self.codes is not None:
+            return self._unpacked(self.tokens())
+        held = [x for x in (self.first, self.dense, self.newest) if x is not None and x.shape[2]]
         return held[0] if len(held) == 1 else torch.cat(held, 2)
+
+    def tokens(self) -> Tokens:
+        """All tokens of a packed store as they are held now."""
+        assert self.newest is not None
+        side = self.side
+        return Tokens(self.newest, self.first, self.codes, self.rounded, side.codec, self.turns)
+
+    def packed_tokens(self) -> Held | Tokens:
+        """The same, for attention that reads codes where it can."""
+        tokens = self.tokens()
+        if self.side.codec is None:
+            return Held(tokens.newest)
+        held = self.side.codec.held(tokens.newest, tokens.first, tokens.codes)
+        return tokens if held is None else held
 
     def select(self, rows: Tensor) -> None:
         """Keep these sequences of the batch, in this order."""
@@ -116,29 +134,15 @@ class Store:
         dense = [x for x in (self.first, self.dense, self.newest) if x is not None]
         return dense + list((self.codes or {}).values())
 
-    def _decoded(self) -> Tensor | None:
-        """The packed tokens in the type of the others, a stretch at a time."""
-        if self.codes is None:
-            return None
-        assert self.side.codec is not None
-        assert self.newest is not None
-        codec, like = self.side.codec, self.newest
-        batch, heads, _, dim = like.shape
-        out = like.new_empty(batch, heads, self.rounded, dim)
-        step = max(1, READ_TOKENS // codec.block)  # blocks
-        for at in range(0, self.rounded // codec.block, step):
-            start = at * codec.block
-            codes = codec.unpack(codec.part(self.codes, at, at + step))
-            out[:, :, start : start + step * codec.block] = self._values(codes, self.sinks + start)
+    @staticmethod
+    def _unpacked(tokens: Tokens) -> Tensor:
+        """Packed tokens in the type of the others, a stretch at a time."""
+        batch, heads, _, dim = tokens.newest.shape
+        out = tokens.newest.new_empty(batch, heads, tokens.count, dim)
+        for start in range(0, tokens.count, READ_TOKENS):
+            stop = min(start + READ_TOKENS, tokens.count)
+            out[:, :, start:stop] = tokens.read(start, stop)
         return out
-
-    def _values(self, codes: Codes, start: int) -> Tensor:
-        """Codes of tokens start.. -> as attention sees them, fp32."""
-        assert self.side.codec is not None
-        values = self.side.codec.decode(codes)
-        if self.turns is None or self.turns.cos is None:
-            return values
-        return rotate(values, *self.turns.of(start, start + values.shape[2]))
 
     def _turned_back(self, x: Tensor, start: int) -> Tensor:
         """Tokens start.. as the codec sees them."""
@@ -153,6 +157,7 @@ class RoundedLayer(CacheLayerMixin):
     prefill: what the prompt's own attention reads, quant: the rounded tokens, fp: the exact ones.
     late: a token decoded alone is read in 16 bits at its own step, and what is due is rounded
     after it (KIVI); otherwise before.
+    hands_over: attention takes packed tokens as they are for the next token.
     """
 
     is_compileable = False
@@ -175,6 +180,7 @@ class RoundedLayer(CacheLayerMixin):
         self.packed = packed
         self.prefill = prefill
         self.late = late
+        self.hands_over = False
         self.stores = (Store(keys, packed, self.turns), Store(values, packed, None))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -184,7 +190,10 @@ class RoundedLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """New keys and values [B, H, t, D] -> those that attention reads [B, H, n, D]."""
+        """New keys and values [B, H, t, D] -> those that attention reads [B, H, n, D].
+
+        Packed `Held` or `Tokens`, no tensors, if `hands_over` and this is a single token.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         states = (key_states, value_states)
@@ -193,22 +202,25 @@ class RoundedLayer(CacheLayerMixin):
                 store.append(x)
                 store.settle()
             return states
-        late = self.late and (self.prefill == "fp" or key_states.shape[2] == 1)
+        single = key_states.shape[2] == 1
+        late = self.late and (self.prefill == "fp" or single)
+        over = self.hands_over and self.packed and single
         keys, values = (
-            self._advance(store, x, late) for store, x in zip(self.stores, states, strict=True)
+            self._advance(store, x, late, over)
+            for store, x in zip(self.stores, states, strict=True)
         )
         return keys, values
 
     @staticmethod
-    def _advance(store: Store, x: Tensor, late: bool) -> Tensor:
+    def _advance(store: Store, x: Tensor, late: bool, over: bool) -> Any:
         """Add tokens to a store -> what attention reads; `late`: before what is due is rounded."""
         store.append(x)
-        if late:
-            seen = store.read()
+        if not late:
             store.settle()
-            return seen
-        store.settle()
-        return store.read()
+        seen = store.packed_tokens() if over else store.read()
+        if late:
+            store.settle()
+        return seen
 
     def share_turns(self, turns: Turns | None, leads: bool) -> None:
         """Take cos and sin from here, as all layers of the cache do; the one that leads keeps them.

@@ -13,7 +13,7 @@ from backend.judges.endpoint import Endpoint
 from backend.judges.questions import Questions, temperature_of
 from backend.judges.single import Single
 from backend.registry import short_hash, versions
-from backend.spec import Frozen, JobSpec
+from backend.spec import Frozen, JobSpec, ModelRef
 
 
 class Answering(Frozen):
@@ -65,6 +65,7 @@ class JudgeSpec(JobSpec):
     """Variants of one model answer questions, and a judge grades or compares their answers."""
 
     kind: Literal["judge"] = "judge"
+    model: ModelRef
     runs: tuple[str, ...] = Field((), description="Finished runs of the model; none: all of them.")
     judge: JudgeField = Single()
     judge_model: JudgeModelField = Endpoint()

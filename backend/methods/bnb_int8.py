@@ -57,6 +57,10 @@ class BnbInt8Linear(Int8Linear):
         y: Tensor = bnb.matmul(x.half(), state.CB, bias=bias, state=state)
         return y.to(x.dtype)
 
+    def why_not_packed(self) -> str:
+        """Its product is the library's."""
+        return "bitsandbytes multiplies by the codes as they are"
+
 
 def library() -> Any:
     """bitsandbytes, or ValueError where it is not installed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NoReturn, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -15,6 +15,9 @@ from backend.methods import METHODS
 from backend.methods.base import LinearMethod, Target
 from backend.model.quant_linear import QuantLinear, qtensor_from_state
 from backend.model.stats import AbsMax, LayerStats, Stat
+
+if TYPE_CHECKING:
+    from kernels.base import Kernel
 
 GRID = IntGroup(bits=8, symmetric=True)  # one scale per row, peak / 127
 
@@ -103,6 +106,8 @@ class Int8Linear(QuantLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
+        if self.packed:
+            return super().forward(x)
         rows = x.reshape(-1, self.in_features).float()  # [T, K]
         codes, scale, columns = vector_wise(rows, self.threshold, self.columns)
         weights = self.qtensor.codes.float() - GRID.middle  # [N, K]; sums of products are exact
@@ -122,6 +127,8 @@ class Int8Linear(QuantLinear):
 
     def bits(self) -> dict[str, float]:
         """Codes, fp32 row scales, 16-bit weights kept beside them, a 32-bit index per column."""
+        if self.packed:
+            return super().bits()
         count = self.out_features * self.in_features
         kept = 0 if self.exact is None else 16 * self.exact.numel()
         index = 0 if self.columns is None else 32 * self.columns.numel()
@@ -129,15 +136,37 @@ class Int8Linear(QuantLinear):
 
     def mixes_rows(self) -> bool:
         """True without a static list: an outlier of one token takes its channel from all."""
-        return self.columns is None and self.threshold > 0
+        return not self.packed and self.columns is None and self.threshold > 0
 
     def with_act(self, act: Format, act_params: Params | None = None) -> NoReturn:
         """Refused: the inputs are rounded here already."""
         raise ValueError("activations are already rounded to int8 by llm_int8; drop that step")
 
     def why_not_packed(self) -> str:
-        """No kernel splits a product by outliers."""
-        return "no kernel here multiplies outlier channels apart"
+        """A kernel needs to know the outlier channels beforehand."""
+        if self.mixes_rows():
+            return "its outlier channels are found anew in every call; fix them with static=true"
+        return ""
+
+    def packed_form(self) -> dict[str, Any]:
+        """The codes' format, and whether outliers' weights are codes too; kernels.llm_int8."""
+        kept = "int8" if self.exact is None else "exact"
+        channels = 0 if self.columns is None else self.columns.numel()
+        return {**GRID.data(), "kind": "llm_int8", "outliers": kept, "channels": channels}
+
+    def beside(self) -> dict[str, dict[str, Tensor]]:
+        """The list, empty where the threshold is 0, and the 16-bit weights of its columns."""
+        codes = self.qtensor.codes
+        columns = codes.new_empty(0, dtype=torch.int32) if self.columns is None else self.columns
+        exact = {} if self.exact is None else {"exact": self.exact}
+        return {"outliers": {"columns": columns, **exact}}
+
+    def pack(self, kernel: Kernel) -> None:
+        """As QuantLinear; the list and its weights go to the kernel too."""
+        stored = self.bits()
+        super().pack(kernel)
+        self._bits = stored
+        self.columns = self.exact = None
 
     def to_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """As QuantLinear, with the threshold, the list and the exact weights."""

@@ -25,6 +25,7 @@ from backend.model.stats import Stat
 
 if TYPE_CHECKING:
     from backend.model.families import Block
+    from kernels.base import Kernel
 
 HELD_OUT = 8  # one calibration sequence in so many is never trained on
 CHECKS = 20  # of the held-out loss, spread over the steps
@@ -289,6 +290,9 @@ def ragged(q: QTensor, groups: int) -> bool:
 # ---- linears -------------------------------------------------------------------------------
 
 
+PACKED_GROUPS = (128, 64, 32, 16)  # of which kernels take some
+
+
 class PieceLinear(QuantLinear):
     """A QuantLinear whose groups span rows: codes [P, M], the weights row after row."""
 
@@ -305,8 +309,41 @@ class PieceLinear(QuantLinear):
         return PieceLinear(self.qtensor, self.bias, act=act, act_params=act_params, **kept)
 
     def why_not_packed(self) -> str:
-        """No kernel has groups that span rows."""
-        return "its groups span rows, which no kernel here takes; give group= instead of groups="
+        """Kernels have groups within rows; one that spans rows must fall into such pieces."""
+        if not self.common_group():
+            return (
+                "its groups span rows and end within groups of 16 channels, which no kernel here "
+                "takes; give group= instead of groups="
+            )
+        return super().why_not_packed()
+
+    def common_group(self) -> int:
+        """Input channels that divide both a piece and a row, as kernels like them; 0 if none do."""
+        assert self.qtensor is not None
+        common = math.gcd(
+            self.qtensor.format.group or self.qtensor.codes.shape[1], self.in_features
+        )
+        return next((group for group in PACKED_GROUPS if common % group == 0), 0)
+
+    def by_rows(self) -> QTensor:
+        """The same numbers as [N, K], in shorter groups that repeat the scales of their pieces."""
+        q, group = self.qtensor, self.common_group()
+        assert q is not None
+        shape = self.out_features, self.in_features
+        size = q.format.group or q.codes.shape[1]
+        piece = torch.arange(0, math.prod(shape), group, device=q.codes.device) // size
+        params = {name: t.flatten()[piece].view(shape[0], -1) for name, t in q.params.items()}
+        return QTensor(q.codes.view(shape), params, q.format.model_copy(update={"group": group}))
+
+    def packed_form(self) -> dict[str, Any]:
+        """The format of what `pack` hands over."""
+        return self.by_rows().format.data()
+
+    def pack(self, kernel: Kernel) -> None:
+        """Hand rows with groups of their own to `kernel`."""
+        if not self.why_not_packed():
+            self.qtensor = self.by_rows()
+        super().pack(kernel)
 
     def to_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """As QuantLinear, with the shape of the codes."""

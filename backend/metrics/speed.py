@@ -75,14 +75,19 @@ class Speed(Metric):
             timed.append(generation(run, ids, self.output))
         joules, memory = energy.used(), peak.measurement()
         how = {"prompt": self.prompt, "output": self.output, "batch": 1}
-        about = {"energy": energy.source} if joules is not None else {"no_energy": energy.why_not}
-        yield from self.timings(timed, {**how, **about})
+        yield from self.timings(timed, how)
         yield memory
         yield self.bandwidth_use(run, timed, how)
-        if joules is not None:
-            tokens = self.repeats * self.output
-            told = {**how, "source": energy.source, "joules": joules}
-            yield Measurement("energy_per_token", joules / tokens, "J", "lower", detail=told)
+        yield self.energy(joules, energy, how)
+
+    def energy(self, joules: float | None, energy: Energy, how: Mapping[str, Any]) -> Measurement:
+        """Joules of all generations, prefill included, per token; None where none are counted."""
+        if joules is None:
+            told: dict[str, Any] = {**how, "reason": energy.why_not}
+            return Measurement("energy_per_token", None, "J", "lower", detail=told)
+        told = {**how, "source": energy.source, "joules": joules}
+        per_token = joules / (self.repeats * self.output)
+        return Measurement("energy_per_token", per_token, "J", "lower", detail=told)
 
     def timings(self, timed: Sequence[Generation], detail: dict[str, Any]) -> Iterator[Measurement]:
         """The three times, each the median over the repeats."""

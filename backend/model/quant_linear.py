@@ -156,7 +156,6 @@ class QuantLinear(LinearLike):
         """The kernel that can hold this linear on a device, or ValueError with every reason."""
         if reason := self.why_not_packed():
             raise ValueError(reason)
-        assert self.qtensor is not None
         act = None if self.act is None else self.act.data()
         return find(self.packed_form(), act, device, self.out_features, self.in_features)
 
@@ -177,17 +176,22 @@ class QuantLinear(LinearLike):
             found["outliers"] = {name: getattr(sparse, name) for name in names}
         return found
 
+    def codes_to_pack(self) -> tuple[Tensor, Params]:
+        """Codes [N, K] and parameters where W_hat is."""
+        assert self.qtensor is not None
+        q = moved(self.qtensor, self.weight.device)
+        return q.codes, q.params
+
     def pack(self, kernel: Kernel) -> None:
         """Hand the weights to `kernel` and drop W_hat and the codes."""
         if reason := self.why_not_packed():
             raise ValueError(f"cannot pack: {reason}; use storage='simulated'")
-        assert self.qtensor is not None
-        device = self.weight.device
-        q = moved(self.qtensor, device)
+        codes, params = self.codes_to_pack()
         act = None if self.act is None else self.act.data()
         form = self.packed_form()
+        device = self.weight.device
         held = {k: t.to(device) for part in self.beside().values() for k, t in part.items()}
-        self.packed_weight = kernel.pack(q.codes, {**q.params, **held}, form, act)
+        self.packed_weight = kernel.pack(codes, {**params, **held}, form, act)
         self.kernel = kernel
         self.container = kernel.container(form)
         self.qtensor = None

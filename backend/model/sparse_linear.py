@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from backend.formats import FORMATS, Format, QTensor
 from backend.formats.base import Params
 from backend.model.quant_linear import QuantLinear, qtensor_from_state, qtensor_state
 from kernels.packing import pack_bits, unpack_bits
+
+if TYPE_CHECKING:
+    from kernels.base import Kernel
 
 
 class SparseLinear(QuantLinear):
@@ -70,6 +73,8 @@ class SparseLinear(QuantLinear):
             raise ValueError(
                 f"activations are already rounded to {self.act.kind}; keep one activations step"
             )
+        if self.packed:
+            raise ValueError("a packed linear cannot change its activations; do it before packing")
         return SparseLinear(
             self.weight if self.qtensor is None else self.qtensor,
             self.keep,
@@ -82,8 +87,29 @@ class SparseLinear(QuantLinear):
         )
 
     def why_not_packed(self) -> str:
-        """No kernel skips weights."""
-        return "no kernel here multiplies by pruned weights"
+        """Why the weights cannot be packed, "" if a kernel may try; 16-bit ones can be, too."""
+        reason = super().why_not_packed()
+        return "" if self.qtensor is None and self.act_params is None else reason
+
+    def packed_form(self) -> dict[str, Any]:
+        """As QuantLinear, with the bucket; numbers that are not rounded are told by their dtype."""
+        form: dict[str, Any] = {"kind": str(self.value_dtype).removeprefix("torch.")}
+        form = form if self.qtensor is None else self.qtensor.format.data()
+        return {**form, "beside": sorted(self.beside()), "bucket": self.bucket}
+
+    def beside(self) -> dict[str, dict[str, Tensor]]:
+        """As QuantLinear, and which weights are kept."""
+        found = {} if self.qtensor is None else super().beside()
+        return {**found, "keep": {"keep": self.keep}}
+
+    def codes_to_pack(self) -> tuple[Tensor, Params]:
+        """As QuantLinear; W_hat itself where its numbers are not rounded."""
+        return (self.weight, {}) if self.qtensor is None else super().codes_to_pack()
+
+    def pack(self, kernel: Kernel) -> None:
+        """Hand the kept weights to `kernel` and drop all else."""
+        super().pack(kernel)
+        self.keep = None  # type: ignore[assignment]
 
     def to_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """As QuantLinear, with kept values alone and where they are."""

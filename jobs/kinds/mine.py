@@ -123,7 +123,7 @@ def chosen(views: Sequence[RunView], asked: Sequence[str], model: ModelRef) -> l
 
 def is_run_of(view: RunView, model: ModelRef) -> bool:
     """True for a run of exactly this model."""
-    return view.kind == RUN and not isinstance(view.spec, dict) and view.spec.model == model
+    return view.kind == RUN and getattr(view.spec, "model", None) == model
 
 
 def is_plain(view: RunView) -> bool:

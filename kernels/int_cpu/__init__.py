@@ -1,21 +1,25 @@
 """Integer weights on the CPU through PyTorch's own low-bit operations, groups included.
 
 2-4 bits: `_weight_int4pack_mm_for_cpu`. 5-8 bits: `_weight_int8pack_mm`. Both are private and
-must get bf16 inputs (fp32 takes a reference path, 50 times slower). They stream the weights once
-per row of x, so above a few dozen rows a tile of weights is expanded to bf16 and multiplied.
+must get bf16 inputs (fp32 takes a reference path, 50 times slower). They expand the weights again
+for every few rows of x. Where product.c compiles, 8 bits take it always and 4 bits above a few
+rows; else, above many rows, a tile of weights is expanded to bf16 and multiplied.
 Activations in integers enter as whole numbers, which bf16 holds exactly, and are scaled after the
 product. Times: docs/log.md.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels import ops
 from kernels.base import Case, Json, Packed
 from kernels.integers import (
     activation_codes,
@@ -26,8 +30,11 @@ from kernels.integers import (
     rounded_activations,
     zeros,
 )
+from kernels.native import library
+from kernels.workspace import WORKSPACES
 
-ROWS4 = 128  # rows of x up to which the 4-bit operation beats expanding: 0.2 ms each, against 18
+FEW4 = 8  # rows of x up to which the 4-bit operation beats product.c
+ROWS4 = 128  # rows of x up to which it beats expanding: 0.2 ms each, against 18
 ROWS8 = 16  # the same for 8 bits: 0.21 ms each, against 2.5
 TILE = 1024  # rows of W expanded at once: larger fresh buffers cost page faults
 GROUPS4 = (128, 64, 32)  # what the 4-bit operation takes
@@ -144,17 +151,62 @@ def pack4(codes: Tensor, params: Mapping[str, Tensor], weight: Json) -> dict[str
 
 def matmul4(x: Tensor, packed: Packed) -> Tensor:
     """x [m, k] bf16 -> [m, n] bf16."""
-    q, pair = packed.tensors["q"], packed.tensors["scale_zero"]
-    group = packed.k // pair.shape[0]
-    if len(x) <= ROWS4:
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, q, group, pair)
-        return y[:, : packed.n]
-    out = x.new_empty(len(x), q.shape[0])
-    for start in range(0, q.shape[0], TILE):
-        stop = min(start + TILE, q.shape[0])
-        tile = expand4(q[start:stop], pair[:, start:stop], torch.bfloat16)  # [k, rows]
-        out[:, start:stop] = x @ tile
-    return out[:, : packed.n]
+    return INT4(x, packed.tensors["q"], packed.tensors["scale_zero"], packed.n)
+
+
+def product4(x: Tensor, q: Tensor, pair: Tensor, n: int) -> Tensor:
+    """x [m, k] bf16, q and scale_zero as of pack4 -> [m, n] bf16: the fastest way for m rows."""
+    m, k = x.shape
+    if m > FEW4 and (c := native()) is not None:
+        y = x.new_empty(m, q.shape[0])
+        c.product4(*places(x, spare(x), q, pair), m, len(q), k, k // len(pair), *ends(y))
+    elif m <= ROWS4:
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, q, k // len(pair), pair)
+    else:
+        y = x.new_empty(m, q.shape[0])
+        for start in range(0, q.shape[0], TILE):
+            rows = slice(start, start + TILE)
+            y[:, rows] = x @ expand4(q[rows], pair[:, rows], torch.bfloat16)
+    return y[:, :n].contiguous()
+
+
+def fake4(x: Tensor, q: Tensor, pair: Tensor, n: int) -> Tensor:
+    """[m, n] like x."""
+    return x.new_empty(x.shape[0], n)
+
+
+INT4 = ops.register(
+    "int4_cpu(Tensor x, Tensor q, Tensor scale_zero, int n) -> Tensor", cpu=product4, fake=fake4
+)
+
+
+@lru_cache(maxsize=1)
+def native() -> ctypes.CDLL | None:
+    """product.c, None where it does not compile or PyTorch's 4-bit layout is another."""
+    if layout4() != (BLOCK, None):
+        return None
+    compiled = library(Path(__file__).with_name("product.c"))
+    if compiled is not None:
+        place, size = ctypes.c_void_p, ctypes.c_long
+        compiled.product4.argtypes = [place] * 4 + [size] * 4 + [place, ctypes.c_int]
+        compiled.product8.argtypes = [place] * 5 + [size] * 4 + [place, ctypes.c_int]
+        compiled.product4.restype = compiled.product8.restype = None
+    return compiled
+
+
+def places(*tensors: Tensor | None) -> list[int | None]:
+    """Where tensors lie in memory, for C."""
+    return [None if t is None else t.data_ptr() for t in tensors]
+
+
+def spare(x: Tensor) -> Tensor:
+    """Memory for another x."""
+    return WORKSPACES.take("arranged rows", x.numel(), x.dtype, x.device)
+
+
+def ends(y: Tensor) -> tuple[int, int]:
+    """What every product in C takes last: its result, and how many threads share the work."""
+    return y.data_ptr(), torch.get_num_threads()
 
 
 def dense4(packed: Packed) -> Tensor:
@@ -199,38 +251,88 @@ def layout4() -> tuple[int, Tensor | None]:
 
 
 def pack8(codes: Tensor, params: Mapping[str, Tensor], weight: Json) -> dict[str, Tensor]:
-    """codes [n, k] -> int8 [G, n, g] around the middle, scale [G, n] fp32, and shift [G, n].
+    """codes [n, k] -> int8 q around the middle; scale [G, n] fp32, and shift [G, n].
 
     w = (q + shift) s with shift = middle - zero, which is 0 and left out for symmetric grids.
     Scales stay fp32: in bf16 their rounding would be a third of the 8-bit rounding itself.
+    q is "blocks" [n / 64, k, 64] where product.c reads them, n padded; else "groups" [G, n, g].
     """
     n, k = codes.shape
     middle = 2 ** (weight["bits"] - 1)
-    q = (codes.int() - middle).to(torch.int8)
-    q = functional.pad(q, (0, -k % LANE))
     groups = k // weight["group"] if weight["group"] else 1
-    scale = params["scale"].float().expand(n, groups).T.contiguous()
-    packed = {"q": q.view(n, groups, -1).transpose(0, 1).contiguous(), "scale": scale}
+    rows = -n % BLOCK if native() is not None else 0
+    q = (codes.int() - middle).to(torch.int8)
+    q = functional.pad(q, (0, -k % LANE, 0, rows))
+    packed = {"scale": by_group(params["scale"].float(), n, groups, rows)}
     if "zero" in params:
-        packed["shift"] = middle - zeros(params, weight).expand(n, groups).T.contiguous()
+        packed["shift"] = by_group(middle - zeros(params, weight), n, groups, rows)
+    if native() is not None:
+        packed["blocks"] = q.view(-1, BLOCK, q.shape[1]).transpose(1, 2).contiguous()
+    else:
+        packed["groups"] = q.view(n, groups, -1).transpose(0, 1).contiguous()
     return packed
 
 
+def by_group(values: Tensor, n: int, groups: int, rows: int) -> Tensor:
+    """values [n, G] or fewer -> [G, n + rows]."""
+    return functional.pad(values.expand(n, groups).T, (0, rows)).contiguous()
+
+
 def matmul8(x: Tensor, packed: Packed) -> Tensor:
-    """x [m, k] bf16 -> [m, n] bf16 or fp32."""
-    groups, _, group = packed.tensors["q"].shape
-    if groups * group > packed.k:
-        x = functional.pad(x, (0, groups * group - packed.k))
-    return grouped8(x, packed) if len(x) <= ROWS8 or groups == 1 else expanded8(x, packed)
+    """x [m, k] bf16 -> [m, n] bf16."""
+    held = packed.tensors
+    x = functional.pad(x, (0, -packed.k % LANE))
+    scale, shift = held["scale"], held.get("shift")
+    return INT8(x, held.get("blocks"), held.get("groups"), scale, shift, packed.n)
 
 
-def grouped8(x: Tensor, packed: Packed) -> Tensor:
+def product8(
+    x: Tensor,
+    blocks: Tensor | None,
+    groups: Tensor | None,
+    scale: Tensor,
+    shift: Tensor | None,
+    n: int,
+) -> Tensor:
+    """x [m, k] bf16, the rest as of pack8, one of blocks and groups -> [m, n] bf16."""
+    m, k = x.shape
+    if blocks is not None and (c := native()) is not None:
+        y = x.new_empty(m, scale.shape[1])
+        held = places(x, spare(x), blocks, scale, shift)
+        c.product8(*held, m, scale.shape[1], k, k // len(scale), *ends(y))
+        return y[:, :n].contiguous()
+    assert groups is not None
+    few = m <= ROWS8 or len(scale) == 1
+    y = grouped8(x, groups, scale, shift) if few else expanded8(x, groups, scale, shift)
+    return y.to(x.dtype)
+
+
+def fake8(
+    x: Tensor,
+    blocks: Tensor | None,
+    groups: Tensor | None,
+    scale: Tensor,
+    shift: Tensor | None,
+    n: int,
+) -> Tensor:
+    """[m, n] like x."""
+    return x.new_empty(x.shape[0], n)
+
+
+INT8 = ops.register(
+    "int8_cpu(Tensor x, Tensor? blocks, Tensor? groups, Tensor scale, Tensor? shift, int n)"
+    " -> Tensor",
+    cpu=product8,
+    fake=fake8,
+)
+
+
+def grouped8(x: Tensor, q: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     """Few rows, or one group: codes times x [m, k], scaled after the product -> [m, n] fp32."""
-    q, scale, shift = packed.tensors["q"], packed.tensors["scale"], packed.tensors.get("shift")
-    parts = x.view(len(x), q.shape[0], -1).transpose(0, 1).contiguous()  # [G, m, g]
+    parts = x.view(len(x), len(q), -1).transpose(0, 1).contiguous()  # [G, m, g]
     out = None
     for i, part in enumerate(parts):
-        y = product8(part, q[i]).float()
+        y = ungrouped8(part, q[i]).float()
         if shift is not None:
             y.addcmul_(part.float().sum(1, keepdim=True), shift[i])
         out = y.mul_(scale[i]) if out is None else out.addcmul_(y, scale[i])
@@ -238,7 +340,7 @@ def grouped8(x: Tensor, packed: Packed) -> Tensor:
     return out
 
 
-def product8(x: Tensor, q: Tensor) -> Tensor:
+def ungrouped8(x: Tensor, q: Tensor) -> Tensor:
     """x [m, g] bf16, q [n, g] int8 -> x q^T [m, n] bf16."""
     if len(x) <= ROWS8:
         return torch._weight_int8pack_mm(x, q, torch.ones(len(q), dtype=torch.bfloat16))
@@ -249,11 +351,11 @@ def product8(x: Tensor, q: Tensor) -> Tensor:
     return out
 
 
-def expanded8(x: Tensor, packed: Packed) -> Tensor:
-    """Many rows of x [m, k] and many groups: W_hat in bf16, tile by tile."""
-    q, scale, shift = packed.tensors["q"], packed.tensors["scale"], packed.tensors.get("shift")
-    out = x.new_empty(len(x), packed.n)
-    for start in range(0, packed.n, TILE):
+def expanded8(x: Tensor, q: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    """Many rows of x [m, k] and many groups: W_hat in bf16, tile by tile -> [m, n] bf16."""
+    n = q.shape[1]
+    out = x.new_empty(len(x), n)
+    for start in range(0, n, TILE):
         rows = slice(start, start + TILE)
         tile = q[:, rows].to(torch.bfloat16)  # [G, rows, g]
         if shift is not None:
@@ -264,10 +366,15 @@ def expanded8(x: Tensor, packed: Packed) -> Tensor:
 
 
 def dense8(packed: Packed) -> Tensor:
-    """W_hat [n, k padded] fp32 from the packed tensors."""
-    q = packed.tensors["q"].float()  # [G, n, g]
-    shift = packed.tensors.get("shift")
-    w = (q if shift is None else q + shift[..., None]) * packed.tensors["scale"][..., None]
+    """W_hat [n padded, k padded] fp32 from the packed tensors."""
+    held = packed.tensors
+    scale, shift = held["scale"], held.get("shift")
+    if "blocks" in held:
+        rows = held["blocks"].transpose(1, 2).flatten(0, 1)  # [n, k]
+        q = rows.view(len(rows), len(scale), -1).transpose(0, 1).float()  # [G, n, g]
+    else:
+        q = held["groups"].float()
+    w = (q if shift is None else q + shift[..., None]) * scale[..., None]
     return w.transpose(0, 1).flatten(1)
 
 

@@ -154,9 +154,12 @@ def test_rounded_inputs_leave_the_zeros_and_come_once():
         both.with_act(act)
 
 
-def test_a_pruned_linear_is_not_packed():
-    with pytest.raises(ValueError, match="pruned weights"):
-        quantize_layer(step(bits=4), weights()).module.kernel_for("cpu")
+def test_a_pruned_linear_is_packed_but_for_its_activations():
+    layer = quantize_layer(step(bits=4), weights()).module
+    assert layer.kernel_for("cpu").name == "sparse_24"
+    act = FORMATS.build({"kind": "int", "bits": 8, "symmetric": True})
+    with pytest.raises(ValueError, match="activations in 16 bits"):
+        layer.with_act(act).kernel_for("cpu")
 
 
 @pytest.mark.parametrize(

@@ -173,8 +173,8 @@ def test_a_packed_linear_names_what_does_not_fit():
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_expanding_kernel_gives_the_simulated_numbers_exactly(bits, dtype, act, weight, x):
     layer = QuantLinear(
-        int_format(bits=bits, group=24).quantize(weight), None, act=act, dtype=dtype
+        int_format(bits=bits, group=48).quantize(weight), None, act=act, dtype=dtype
     )
     simulated = layer(x.to(dtype))
-    layer.pack(kernels()["int_dequant"])
+    layer.pack(kernels()["w_a16"])
     assert torch.equal(layer(x.to(dtype)), simulated)

@@ -89,6 +89,17 @@ def full_range(w: Tensor, bits: int, size: int) -> Tensor:
 # ---- the grid ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("shape", "groups"), [((12, 128), 4), ((64, 96), 16)])
+def test_groups_that_span_rows_are_packed_in_shorter_ones(shape, groups):
+    layer = quantize_layer(ZeroQuant(groups=groups, bits_a=16), normal(*shape)).module
+    assert isinstance(layer, PieceLinear)
+    w, x = layer.weight.float(), normal(3, shape[1])
+    assert torch.equal(layer.by_rows().dequantize(), layer.qtensor.dequantize().view(shape))
+    layer.pack(layer.kernel_for("cpu"))
+    exact = x @ w.T
+    assert (layer(x) - exact).abs().max() <= 0.02 * exact.abs().max()  # bf16 sums
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
     ("groups", "size"),

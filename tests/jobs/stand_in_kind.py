@@ -10,7 +10,7 @@ import stand_in
 
 from backend.pipeline import Cancelled
 from backend.registry import short_hash
-from backend.spec import JobSpec
+from backend.spec import JobSpec, ModelRef
 from jobs import kinds
 from jobs.events import read
 from jobs.kinds import Before, Kind
@@ -20,6 +20,7 @@ class CountSpec(JobSpec):
     """Count to `numbers`, with `act` before one of them."""
 
     kind: Literal["test_count"] = "test_count"
+    model: ModelRef
     numbers: int = 4
     at: int = 2
     act: str = ""

@@ -130,7 +130,7 @@ def test_zero_inputs_give_zero_and_one_row_equals_many(kernel, case):
 
 @pytest.mark.parametrize(("kernel", "case"), CASES)
 def test_a_kernel_takes_its_own_cases_and_says_where_codes_grow(kernel, case):
-    device = torch.device("cuda" if kernel.name == "int_dequant" else "cpu")
+    device = torch.device("cuda" if kernel.name == "w_a16" else "cpu")
     assert kernel.why_not(case.weight, case.act, device, case.n, case.k) is None
     packed = kernel.pack(*weights(case), case.weight, case.act)
     held = sum(t.numel() * t.element_size() for t in packed.tensors.values())
@@ -144,7 +144,9 @@ def test_find_takes_the_fastest_that_can():
     assert find(plain, None, "cpu", 64, 64).name == "int_cpu"
     assert find(plain, act, "cpu", 64, 64).name == "int_act_cpu"
     assert find(int_format(group=32), act, "cpu", 64, 64).name == "int_cpu"
-    assert find(plain, act, "cuda", 64, 64).name == "int_dequant"
+    assert find(plain, act, "cuda", 64, 64).name == "w8_a8"
+    assert find(plain, None, "cuda", 64, 64).name == "w_a16"
+    assert find(int_format(group=32), act, "cuda", 64, 64).name == "w_a16"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,15 @@ from pyarrow import parquet
 from results_db.export import WRITERS, export
 
 TABLES = {"runs", "measurements", "items", "layers", "notes", "schema_version"}
-TABLES |= {"votes", "retractions", "mined", "judged_answers", "verdicts"}
+TABLES |= {
+    "votes",
+    "retractions",
+    "mined",
+    "judged_answers",
+    "verdicts",
+    "kernel_times",
+    "ceilings",
+}
 
 
 @pytest.mark.parametrize("format", sorted(WRITERS))

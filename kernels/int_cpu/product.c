@@ -1,0 +1,178 @@
+/* y = x W^T on the CPU: x bf16, W in 4 or 8 bit codes with a scale and an offset per group.
+
+   64 rows of W by one group of input channels are expanded into the first-level cache and
+   multiplied by every row of x with AVX-512's dot product of bf16 pairs, sums in fp32. PyTorch's
+   own 4-bit product expands W anew for every four rows of x. Compiled by kernels/native.py. */
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifndef __AVX512BF16__
+#error "needs AVX-512 with products of bf16 pairs"
+#endif
+
+#define ROWS 64  /* of W in a block: four registers of sums for a row of x */
+#define GROUP 128 /* most input channels expanded at once: 16 KB */
+#define COUNT 6  /* rows of x at once: 24 registers of sums */
+#define CHUNK 256 /* rows of x whose sums are kept at once: 64 KB */
+#define INLINE static inline __attribute__((always_inline))
+
+/* 16 fp32 of channel j and of j + 1 -> 16 pairs of bf16 */
+INLINE __m512i paired(__m512 first, __m512 second) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
+
+/* fp32 128 + code, for codes below 16: they are the last bits of a bf16 mantissa */
+INLINE __m512 above_128(__m512i code) {
+  return (__m512)_mm512_or_si512(_mm512_slli_epi32(code, 16), _mm512_set1_epi32(0x43000000));
+}
+
+INLINE long step_at(long start, long group) {
+  const long rest = group - start % group;
+  return rest < GROUP ? rest : GROUP;
+}
+
+INLINE __m512i bytes(const void *from) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
+}
+
+/* codes [channels][32] bytes, row r in the low half of byte r, row 32 + r in the high half;
+   w = (128 + code) scale + less -> pairs [channels / 2][4][16] of bf16 */
+INLINE void expand4(const uint8_t *codes, long channels, const __m512 *scale, const __m512 *less,
+                    __m512i *pairs) {
+  const __m512i low = _mm512_set1_epi32(15);
+  for (long j = 0; j < channels; j += 2, codes += 64, pairs += 4)
+    for (int c = 0; c < 2; c++) {
+      const __m512i a = bytes(codes + 16 * c), b = bytes(codes + 32 + 16 * c);
+      const __m512 a0 = above_128(_mm512_and_si512(a, low)), a1 = above_128(_mm512_srli_epi32(a, 4));
+      const __m512 b0 = above_128(_mm512_and_si512(b, low)), b1 = above_128(_mm512_srli_epi32(b, 4));
+      pairs[c] = paired(_mm512_fmadd_ps(a0, scale[c], less[c]), _mm512_fmadd_ps(b0, scale[c], less[c]));
+      pairs[c + 2] = paired(_mm512_fmadd_ps(a1, scale[c + 2], less[c + 2]),
+                            _mm512_fmadd_ps(b1, scale[c + 2], less[c + 2]));
+    }
+}
+
+/* codes [channels][64] -> pairs of code + shift, whole numbers to 255, exact in bf16 */
+INLINE void expand8(const int8_t *codes, long channels, const __m512 *shift, __m512i *pairs) {
+  for (long j = 0; j < channels; j += 2, codes += 128, pairs += 4)
+    for (int c = 0; c < 4; c++) {
+      const __m512i a = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(codes + 16 * c)));
+      const __m512i b = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(codes + 64 + 16 * c)));
+      pairs[c] = paired(_mm512_add_ps(_mm512_cvtepi32_ps(a), shift[c]),
+                        _mm512_add_ps(_mm512_cvtepi32_ps(b), shift[c]));
+    }
+}
+
+/* sums [count][ROWS] += scale (x [count][2 steps] times pairs [steps][4][16]); no scale: 1.
+   k from row to row of x */
+INLINE void multiply(const int count, const uint16_t *x, long k, const __m512i *pairs, long steps,
+                     const __m512 *scale, float *sums) {
+  __m512 sum[COUNT][4];
+#pragma GCC unroll 6
+  for (int i = 0; i < count; i++)
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++)
+      sum[i][c] = scale ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + i * ROWS + c * 16);
+  for (long s = 0; s < steps; s++, pairs += 4)
+#pragma GCC unroll 6
+    for (int i = 0; i < count; i++) {
+      int32_t pair;
+      memcpy(&pair, x + i * k + 2 * s, 4);
+      const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; c++) sum[i][c] = _mm512_dpbf16_ps(sum[i][c], both, (__m512bh)pairs[c]);
+    }
+#pragma GCC unroll 6
+  for (int i = 0; i < count; i++)
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) {
+      float *at = sums + i * ROWS + c * 16;
+      _mm512_storeu_ps(at, scale ? _mm512_fmadd_ps(sum[i][c], scale[c], _mm512_loadu_ps(at)) : sum[i][c]);
+    }
+}
+
+INLINE void multiply_all(long m, const uint16_t *x, long k, const __m512i *pairs, long steps,
+                         const __m512 *scale, float *sums) {
+  for (; m >= COUNT; m -= COUNT, x += COUNT * k, sums += COUNT * ROWS)
+    multiply(COUNT, x, k, pairs, steps, scale, sums);
+  switch (m) {
+    case 5: multiply(5, x, k, pairs, steps, scale, sums); break;
+    case 4: multiply(4, x, k, pairs, steps, scale, sums); break;
+    case 3: multiply(3, x, k, pairs, steps, scale, sums); break;
+    case 2: multiply(2, x, k, pairs, steps, scale, sums); break;
+    case 1: multiply(1, x, k, pairs, steps, scale, sums); break;
+  }
+}
+
+/* sums [count][ROWS] -> y [count][ROWS] bf16, n from row to row of y */
+INLINE void store(long count, const float *sums, uint16_t *y, long n) {
+  for (long i = 0; i < count; i++)
+    for (int c = 0; c < ROWS; c += 16)
+      _mm256_storeu_si256((__m256i *)(y + i * n + c),
+                          (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(sums + i * ROWS + c)));
+}
+
+/* x [m][k] -> [steps][m][step]: rows a power of two apart would fight for the same cache lines.
+   A step is at most GROUP channels of one group. */
+static void arrange(const uint16_t *x, long m, long k, long group, uint16_t *to) {
+  for (long start = 0, step; start < k; start += step) {
+    step = step_at(start, group);
+    for (long i = 0; i < m; i++, to += step) memcpy(to, x + i * k + start, step * sizeof *to);
+  }
+}
+
+/* x [m][k] bf16, m k more of it in spare; q [n / 64][k][32] bytes; offsets [k / group][n][2] bf16, scale and offset of
+   w = (code - 8) scale + offset; y [m][n] bf16. n is a multiple of 64, k of group, group of 2. */
+void product4(const uint16_t *x, uint16_t *spare, const uint8_t *q, const uint16_t *offsets, long m,
+              long n, long k, long group, uint16_t *y, int threads) {
+  arrange(x, m, k, group, spare);
+#pragma omp parallel for num_threads(threads) collapse(2) schedule(static)
+  for (long first = 0; first < m; first += CHUNK)
+    for (long row = 0; row < n; row += ROWS) {
+      const long count = m - first < CHUNK ? m - first : CHUNK;
+      float sums[CHUNK * ROWS];
+      __m512i pairs[GROUP / 2 * 4];
+      memset(sums, 0, count * ROWS * sizeof(float));
+      for (long start = 0; start < k; start += group) {
+        __m512 scale[4], less[4];
+        for (int c = 0; c < 4; c++) {
+          const __m512i both = _mm512_loadu_si512(offsets + (start / group * n + row) * 2 + 32 * c);
+          const __m512i high = _mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000));
+          scale[c] = (__m512)_mm512_slli_epi32(both, 16);
+          less[c] = _mm512_fnmadd_ps(_mm512_set1_ps(136), scale[c], (__m512)high);
+        }
+        expand4(q + (row / ROWS * k + start) * 32, group, scale, less, pairs);
+        multiply_all(count, spare + start * m + first * group, group, pairs, group / 2, 0, sums);
+      }
+      store(count, sums, y + first * n + row, n);
+    }
+}
+
+/* x [m][k] bf16; q [n / 64][k][64] bytes; scale and shift [k / group][n], w = (code + shift) scale,
+   shift may be null; y [m][n] bf16; spare as above. n is a multiple of 64, k of group, group of 2. */
+void product8(const uint16_t *x, uint16_t *spare, const int8_t *q, const float *scale,
+              const float *shift, long m, long n, long k, long group, uint16_t *y, int threads) {
+  arrange(x, m, k, group, spare);
+#pragma omp parallel for num_threads(threads) collapse(2) schedule(static)
+  for (long first = 0; first < m; first += CHUNK)
+    for (long row = 0; row < n; row += ROWS) {
+      const long count = m - first < CHUNK ? m - first : CHUNK;
+      float sums[CHUNK * ROWS];
+      __m512i pairs[GROUP / 2 * 4];
+      memset(sums, 0, count * ROWS * sizeof(float));
+      for (long start = 0, step; start < k; start += step) {
+        const long at = start / group * n + row;
+        __m512 scales[4], shifts[4];
+        step = step_at(start, group);
+        for (int c = 0; c < 4; c++) {
+          scales[c] = _mm512_loadu_ps(scale + at + 16 * c);
+          shifts[c] = shift ? _mm512_loadu_ps(shift + at + 16 * c) : _mm512_setzero_ps();
+        }
+        expand8(q + (row / ROWS * k + start) * ROWS, step, shifts, pairs);
+        multiply_all(count, spare + start * m + first * step, step, pairs, step / 2, scales, sums);
+      }
+      store(count, sums, y + first * n + row, n);
+    }
+}
