@@ -35,6 +35,17 @@ def parser() -> argparse.ArgumentParser:
     add_store_commands(commands)
     bench = commands.add_parser("bench", help="check and time kernels, time methods; ends in JSON")
     bench.add_argument("names", nargs="*", metavar="NAME", help="kernels and methods; all if none")
+    bench.add_argument(
+        "--shapes",
+        default="quick",
+        metavar="S",
+        help="of the weights: quick, llama, published, or n x k such as 4096x4096,14336x4096",
+    )
+    bench.add_argument("--rows", default="", metavar="M", help="tokens at once (default: 1,8,64)")
+    bench.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1 (default: the first free one)"
+    )
+    add_home(bench)
     return top
 
 

@@ -424,6 +424,6 @@ def export_votes(args: argparse.Namespace) -> int:
 
 def bench(args: argparse.Namespace) -> int:
     """Check kernels, then time them and the methods that solve layers; 1 if a kernel is wrong."""
-    from backend.bench import bench as measure
+    from app.bench_command import bench as start
 
-    return int(any(not row.get("correct", True) for row in measure(args.names)))
+    return start(args)

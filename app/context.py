@@ -136,6 +136,7 @@ class Picks:
     table: bool = False  # the chart as a table
     published: bool = False  # values from print laid over the chart
     budget: str = ""  # memory that weights and cache may take: "4 GiB"
+    shape: str = ""  # n x k of the weights that the kernels' charts show
     cube: str = ""  # measurement in the cells of weight bits x KV bits
     id: str = ""  # the run that the run page shows
     against: str = ""  # and the one it is compared with

@@ -33,6 +33,16 @@ def check_names(names: Sequence[str]) -> None:
             raise ValueError(f"unknown kernel {name!r}{nearest(name, known())}")
 
 
+def read_shapes(text: str) -> tuple[str, ...]:
+    """`llama`, `published`, `quick`, or `4096x4096,14336x4096` -> shapes as a spec has them."""
+    from kernels.bench import LLAMA, PUBLISHED
+
+    named = {"llama": LLAMA, "published": PUBLISHED, "quick": ()}
+    if text in named:
+        return tuple(f"{n}x{k}" for n, k in named[text])
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What a spec asks for, its blanks filled in."""
@@ -109,3 +119,10 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return cpu_name() or "CPU"
+
+
+def line(row: Row) -> str:
+    """A row of a job, as JSON data, for people."""
+    from kernels.bench import line as told
+
+    return told(row)

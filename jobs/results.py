@@ -68,6 +68,18 @@ def mined(queue: Queue, job_id: str) -> list[dict[str, Any]]:
     ]
 
 
+def kernel_times(queue: Queue, job_id: str) -> list[dict[str, Any]]:
+    """Ceilings and times of a bench job as kernels/bench.py gave them, with the device's name."""
+    rows = []
+    for event in read(queue.folder(job_id))[0]:
+        row = {name: value for name, value in event.items() if name not in ("type", "t", "name")}
+        if event["type"] == "ceiling":
+            rows.append({"ceiling": event["name"], **row})
+        elif event["type"] == "kernel_time":
+            rows.append({**row, "weight": json.loads(row["weight"]), "act": json.loads(row["act"])})
+    return rows
+
+
 def mean(rows: Iterable[Event], name: str) -> Any:
     """Of a number that each row has or lacks, as JSON data; None where all lack it."""
     values = [float(row[name]) for row in rows if row[name] is not None]

@@ -181,3 +181,25 @@ def _delta(rows: pd.DataFrame, name: str) -> pd.Series:
     baseline = found.drop_duplicates(same, keep="last")[[*same, name]]
     beside = rows[same].merge(baseline, on=same, how="left", validate="many_to_one")
     return rows[name] / beside[name].set_axis(rows.index) - 1
+
+
+def kernel_jobs(store: Store) -> pd.DataFrame:
+    """Bench jobs that have times, the newest first: device, threads, rows and the environment."""
+    return store.frame("""
+        SELECT t.job_id, any_value(t.device) AS device, any_value(t.threads) AS threads,
+               count(*) AS timed, max(t.measured_at) AS measured_at, any_value(r.env) AS env
+        FROM kernel_times t LEFT JOIN runs r ON r.run_id = t.job_id
+        GROUP BY t.job_id ORDER BY measured_at DESC, t.job_id DESC
+    """)
+
+
+def kernel_times(store: Store, job_id: str) -> pd.DataFrame:
+    """Every row of a bench job, products that were wrong or unsteady included."""
+    sql = "FROM kernel_times WHERE job_id = $job_id ORDER BY n, k, m, kernel, weight, act"
+    return store.frame(sql, job_id=job_id)
+
+
+def ceilings(store: Store, job_id: str) -> dict[str, float]:
+    """{name: value} of what the device could do in a bench job: GB/s, TFLOP/s, microseconds."""
+    found = store.frame("FROM ceilings WHERE job_id = $job_id", job_id=job_id)
+    return dict(zip(found["name"], found["value"], strict=True))

@@ -325,3 +325,34 @@ def test_a_bad_battle_gets_one_sentence_and_adds_nothing(tmp_path, battles, caps
     assert why in captured.err
     assert len(captured.err.splitlines()) == 1
     assert not (tmp_path / "votes.jsonl").exists()
+
+
+def test_bench_keeps_its_times_in_the_home_and_ends_in_json(tmp_path, capsys):
+    arguments = ["int_cpu", "--shapes", "96x128", "--rows", "1,3", "--device", "cpu"]
+    assert main(["bench", "--home", str(tmp_path), *arguments]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    told = json.loads(last)
+    timed = [row for row in told["rows"] if row.get("kernel") == "int_cpu"]
+    assert {(row["m"], row["n"], row["k"]) for row in timed} == {(1, 96, 128), (3, 96, 128)}
+    assert all(row["correct"] and row["median_ms"] > 0 for row in timed)
+    assert any(line.startswith("int_cpu int4 g128 m=1 n=96 k=128: ") for line in lines)
+    assert any(line.startswith("read: ") for line in lines)
+    question = "select count(*) as n from kernel_times where kernel = 'int_cpu'"
+    assert main(["sql", "--home", str(tmp_path), "--json", question]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["n"] == len(timed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["int_cpuu"], "did you mean 'int_cpu'"),
+        (["int_cpu", "--shapes", "64"], "shapes"),
+        (["int_cpu", "--rows", "0"], "rows"),
+        (["int_cpu", "--rows", "one"], "--rows takes whole numbers such as 1,8,64, not 'one'"),
+    ],
+)
+def test_bench_refuses_in_a_sentence(tmp_path, capsys, arguments, says):
+    assert main(["bench", "--home", str(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert "Traceback" not in error

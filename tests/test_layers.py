@@ -19,7 +19,16 @@ ALLOWED = {
 }
 # What the app may know of the backend: descriptions, never a model.
 APP_MAY_USE = ("spec", "recipes", "registry", "formats", "methods", "metrics", "layer", "published")
-APP_MAY_USE += ("model.identity", "estimate", "environment", "bench", "demo", "prompts", "judges")
+APP_MAY_USE += (
+    "model.identity",
+    "estimate",
+    "environment",
+    "solver_times",
+    "kernel_times",
+    "demo",
+    "prompts",
+    "judges",
+)
 APP_MAY_USE += ("statistics", "layer_rules", "lesson", "cache.growth", "kv_statistics")
 
 

@@ -26,6 +26,7 @@ FOUND = charts.find()
 def store(tmp_path_factory) -> Iterator[Store]:
     home = tmp_path_factory.mktemp("seeded")
     seeded.fill(home)
+    seeded.bench(home)
     store = seeded.store_of(home)
     seeded_votes.cast(home, store)
     yield store

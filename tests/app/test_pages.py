@@ -75,6 +75,7 @@ def test_pages_are_found_ordered_and_complete():
         "Chat",
         "Arena",
         "Leaderboard",
+        "Kernels",
         "Learn",
     ]
     assert len({p.path for p in found}) == len(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from backend import bench
+from backend import solver_times
 from backend.layer import quantize_layer
 from backend.methods import METHODS
 from backend.model.quant_linear import QuantLinear
@@ -15,13 +15,13 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("name", [name for name in bench.SOLVERS if name != "awq"])
+@pytest.mark.parametrize("name", [name for name in solver_times.SOLVERS if name != "awq"])
 def test_a_timed_layer_is_what_the_method_makes_of_the_weight(name):
     weight, inputs = normal(24, 32), normal(40, 32, seed=1)
-    step = METHODS.build(bench.SOLVERS[name])
+    step = METHODS.build(solver_times.SOLVERS[name])
     normed = inputs / inputs.square().mean(1, keepdim=True).sqrt()
     expected = quantize_layer(step, weight, normed).weight
-    off = (bench.solve(step, weight, inputs).weight - expected).abs() > 1e-4
+    off = (solver_times.solve(step, weight, inputs).weight - expected).abs() > 1e-4
     # The norm's own epsilon moves inputs in the last place, which may turn a tie.
     assert off.float().mean() < 0.02
 
@@ -30,7 +30,7 @@ def test_awqs_time_holds_its_search_for_a_scale():
     weight, inputs = normal(24, 32), normal(200, 32, seed=1)
     inputs[:, 5] *= 40
     step = METHODS.build({"kind": "awq", "format": {"kind": "int", "bits": 3, "group": 0}})
-    solved = bench.solve(step, weight, inputs)
+    solved = solver_times.solve(step, weight, inputs)
     assert isinstance(solved, QuantLinear)
     exact = torch.nn.RMSNorm(32)(inputs)
     alone = quantize_layer(step, weight, exact).weight  # clipped, but nothing carries a scale
@@ -40,10 +40,10 @@ def test_awqs_time_holds_its_search_for_a_scale():
 
 
 def test_rows_compare_with_gptq_of_the_same_run(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "SIDE", 32)
-    monkeypatch.setattr(bench, "TOKENS", 24)
-    monkeypatch.setattr(bench, "ROUNDS", 2)
-    rows = {row["method"]: row for row in bench.time_methods(list(bench.SOLVERS))}
+    monkeypatch.setattr(solver_times, "SIDE", 32)
+    monkeypatch.setattr(solver_times, "TOKENS", 24)
+    monkeypatch.setattr(solver_times, "ROUNDS", 2)
+    rows = {row["method"]: row for row in solver_times.time_methods(list(solver_times.SOLVERS))}
     assert list(rows) == ["gptq", "awq", "spqr", "bcq"]
     assert rows["gptq"]["ratio_to_gptq"] == 1
     for row in rows.values():
@@ -51,8 +51,6 @@ def test_rows_compare_with_gptq_of_the_same_run(monkeypatch, capsys):
         assert row["ratio_to_gptq"] == pytest.approx(expected)
         assert row["step"] == METHODS.build(row["step"]).data()
     assert "x gptq" in capsys.readouterr().out
-    (alone,) = bench.time_methods(["bcq"])
+    (alone,) = solver_times.time_methods(["bcq"])
     assert alone["ratio_to_gptq"] is None
     assert "gptq" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match="unknown kernel or method 'gtpq'"):
-        bench.bench(["gtpq"])

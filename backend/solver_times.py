@@ -1,8 +1,7 @@
-"""`quantarena bench`: seconds a layer for methods that solve or search one, times of kernels."""
+"""Seconds a layer of methods that solve or search one, for `quantarena bench`."""
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,9 +13,6 @@ from backend.layer import linear_of
 from backend.methods import METHODS, Method, Seen
 from backend.model.families import Block, Family, NormFeed
 from backend.model.stats import LayerStats, gather_layer
-from backend.registry import nearest
-from kernels.base import kernels
-from kernels.bench import bench as bench_kernels
 from kernels.timing import Timing, interleaved
 
 SIDE, TOKENS, ROUNDS = 2048, 2048, 5  # one square layer of a model of about 1.5 billion parameters
@@ -33,20 +29,6 @@ NORM, LINEAR = "norm", "linear"
 NORMED = Family(
     layers="", embed=(), head="", norm_feeds=(NormFeed(NORM, (LINEAR,)),), waves=((LINEAR,),)
 )
-
-
-def bench(names: Sequence[str]) -> list[dict[str, Any]]:
-    """Time the named kernels and methods, all if none is named -> rows, printed as they come."""
-    known = [*kernels(), *SOLVERS]
-    for name in names:
-        if name not in known:
-            raise ValueError(f"unknown kernel or method {name!r}{nearest(name, known)}")
-    chosen = names or known
-    rows = time_methods([name for name in chosen if name in SOLVERS])
-    rows += bench_kernels([name for name in chosen if name not in SOLVERS])
-    threads = torch.get_num_threads()
-    print(json.dumps({"threads": threads, "torch": torch.__version__, "rows": rows}))
-    return rows
 
 
 def time_methods(names: Sequence[str]) -> list[dict[str, Any]]:
