@@ -59,9 +59,10 @@ def form(data: Mapping[str, Any]) -> str:
     """A format in a few words."""
     kind = str(data["kind"])
     words = data.get("type") or data.get("table") or (kind if kind in CAPITALS else kind_name(kind))
-    bits = data.get("bits", "")
+    bits = "" if data.get("type") or kind == "llm_int8" else data.get("bits", "")
     parts = [f"{str(words).upper() if kind in CAPITALS else words}{bits}".replace("_", " ")]
     parts += [f"g{data['group']}"] if data.get("group") else []
+    parts += [f"{data['outliers']} outliers"] if isinstance(data.get("outliers"), str) else []
     parts += [word for name, word in SWITCHES.items() if data.get(name)]
     parts += [f"+ {str(name).replace('_', ' ')}" for name in data.get("beside", ())]
     return " ".join(parts)

@@ -49,7 +49,12 @@ class Packed:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
     def to(self, device: torch.device) -> Packed:
-        """The same on another device."""
+        """The same on another device of the same kind: layouts are chosen by kind."""
+        held = next(iter(self.tensors.values())).device.type
+        if torch.device(device).type != held:
+            raise ValueError(
+                f"these weights were packed for {held}; load the run on {device} and pack there"
+            )
         return replace(self, tensors={name: t.to(device) for name, t in self.tensors.items()})
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.nn import functional
 from kernels.base import Case, Json, Kernel, Packed, kernels
 from kernels.ceilings import ceilings
 from kernels.peers import peers
-from kernels.timing import Call, Timing, interleaved, replayed
+from kernels.timing import Call, InTurn, Timing, interleaved, replayed
 
 Row = dict[str, Any]
 Shape = tuple[int, int]  # n, k
@@ -34,8 +34,9 @@ QUICK: tuple[Shape, ...] = ((4096, 4096), (14336, 4096))
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 QUICK_ROWS = (1, 8, 64)
 COLD_BYTES = {"cpu": 130_000_000, "cuda": 256_000_000}  # weights rotate through this much
-MOST_COPIES = 24
+MOST_COPIES = {"cpu": 32, "cuda": 256}  # on the CPU more would not get a turn
 MAX_ERROR = 1e-2  # max |y - reference| / max |reference|: bf16 rounding is 3e-3
+TELLING = ("kind", "type", "table", "double_quant", "bits", "beside", "bucket", "outliers")
 ATTEMPTS = 3  # at steady times
 DENSE = "bf16"  # the product that all are compared with
 GROUP = 128  # of an int format with groups, as published tables have it
@@ -65,7 +66,7 @@ def settings(kernel: Kernel, device: torch.device) -> list[Case]:
 
 def identity(form: Json) -> tuple[Any, ...]:
     """What tells formats apart for speed."""
-    return tuple(str(form.get(name, "")) for name in ("kind", "type", "bits", "beside"))
+    return tuple(str(form.get(name, "")) for name in TELLING)
 
 
 def plan(names: Sequence[str], shapes: Sequence[Shape], device: torch.device) -> list[
@@ -110,13 +111,13 @@ def measure(kernel: Kernel, case: Case, rows: Sequence[int], device: torch.devic
             yield row(kernel.name, at, device, error, packed.nbytes(), None, None)
             continue
         calls: dict[str, Call] = {
-            kernel.name: in_turn(kernel.matmul, x, held),
-            DENSE: in_turn(functional.linear, x, dense),
+            kernel.name: InTurn(kernel.matmul, x, held),
+            DENSE: InTurn(functional.linear, x, dense),
         }
         others = {peer.name: peer for peer in peers(at, w, device)}
         for name, peer in others.items():
             taken = copies(peer.held, peer.clone, peer.bytes, device)
-            calls[name] = in_turn(peer.product, x, taken)
+            calls[name] = InTurn(peer.product, x, taken)
         times, launched = timed(calls, device)
         bf16 = times.pop(DENSE)
         plain = replace(at, weight={"kind": DENSE}, act=None)
@@ -133,11 +134,6 @@ def measure(kernel: Kernel, case: Case, rows: Sequence[int], device: torch.devic
                 bf16,
             )
             yield told | {"eager_ms": launched[name].median_ms if launched else None}
-
-
-def in_turn(product: Callable[[Tensor, Any], Tensor], x: Tensor, held: Sequence[Any]) -> Call:
-    """Calls of a product, each by the next copy of the weights."""
-    return lambda number: product(x, held[number % len(held)])
 
 
 def timed(
@@ -163,7 +159,7 @@ def example(kernel: Kernel, case: Case, device: torch.device) -> tuple[Tensor, d
 
 def copies(one: Any, clone: Any, size: int, device: torch.device) -> list[Any]:
     """So many that each is cold when its turn comes."""
-    count = min(MOST_COPIES, 1 + COLD_BYTES[device.type] // max(size, 1))
+    count = min(MOST_COPIES[device.type], 1 + COLD_BYTES[device.type] // max(size, 1))
     return [one, *(clone(one) for _ in range(count - 1))]
 
 
@@ -227,11 +223,20 @@ def line(told: Row) -> str:
 
 def words(weight: Json, act: Json | None) -> str:
     """`int4 g128, int8 activations`."""
-    width = f"{weight.get('type') or weight['kind']}{weight.get('bits', '')}"
+    told = form_words(weight)
     group = f" g{weight['group']}" if weight.get("group") else ""
     beside = "".join(f", {name}" for name in weight.get("beside", ()))
-    rounds = f", {act['kind']}{act.get('bits', '')} activations" if act else ""
-    return width + group + beside + rounds
+    rounds = f", {form_words(act)} activations" if act else ""
+    return told + group + beside + rounds
+
+
+def form_words(form: Json) -> str:
+    """`int4`, `nf4 double`, `Q8_0`, `llm_int8 int8 outliers`: what a format is, without its group."""
+    named = form.get("type") or form.get("table")
+    told = str(named) if named else f"{form['kind']}{form.get('bits', '')}"
+    if form["kind"] == "llm_int8":
+        told = f"{form['kind']} {form['outliers']} outliers"
+    return told + (" double" if form.get("double_quant") else "")
 
 
 if __name__ == "__main__":

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-CALLS = 20  # of one function in a CUDA graph
+CALLS = 20  # of one function in a CUDA graph, at least
 ROUNDS = 30
 
 Call = Callable[[int], object]  # takes the number of the call: which of the copies to use
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """Calls of a product, each by the next copy of its weights."""
+
+    product: Callable[[Any, Any], object]
+    x: Any
+    held: Sequence[Any]
+
+    def __call__(self, number: int) -> object:
+        return self.product(self.x, self.held[number % len(self.held)])
 
 
 @dataclass(frozen=True)
@@ -47,17 +60,21 @@ def interleaved(
 
 
 def replayed(functions: Mapping[str, Call]) -> dict[str, Timing]:
-    """As `interleaved` on a GPU, CALLS calls of a function in one CUDA graph: no launch counts."""
-    graphs = {name: captured(call) for name, call in functions.items()}
+    """As `interleaved` on a GPU, many calls of a function in one CUDA graph: no launch counts.
+
+    So many that every copy of the weights has its turn: what is left in a cache is never theirs.
+    """
+    counts = {name: max(CALLS, len(getattr(c, "held", ()))) for name, c in functions.items()}
+    graphs = {name: captured(call, counts[name]) for name, call in functions.items()}
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(ROUNDS):
         for name, graph in graphs.items():
-            samples[name].append(replay(graph) / CALLS)
+            samples[name].append(replay(graph) / counts[name])
     return {name: summary(values) for name, values in samples.items()}
 
 
-def captured(call: Call) -> torch.cuda.CUDAGraph:
-    """CALLS calls as one graph, warmed up on a stream of its own as capture wants it."""
+def captured(call: Call, count: int = CALLS) -> torch.cuda.CUDAGraph:
+    """So many calls as one graph, warmed up on a stream of its own as capture wants it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -66,7 +83,7 @@ def captured(call: Call) -> torch.cuda.CUDAGraph:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for number in range(CALLS):
+        for number in range(count):
             call(number)
     return graph
 

@@ -74,7 +74,7 @@ def test_copies_go_past_the_cache_and_take_turns():
     made = bench.copies(torch.zeros(4), torch.Tensor.clone, 50_000_000, torch.device("cpu"))
     assert len({t.data_ptr() for t in made}) == 3
     seen = []
-    call = bench.in_turn(lambda x, held: seen.append(held), None, ["a", "b"])
+    call = timing.InTurn(lambda x, held: seen.append(held), None, ["a", "b"])
     for number in range(3):
         call(number)
     assert seen == ["a", "b", "a"]
