@@ -231,7 +231,7 @@ def words(weight: Json, act: Json | None) -> str:
 
 
 def form_words(form: Json) -> str:
-    """`int4`, `nf4 double`, `Q8_0`, `llm_int8 int8 outliers`: what a format is, without its group."""
+    """`int4`, `nf4 double`, `Q8_0`, `llm_int8 int8 outliers`: a format without its group."""
     named = form.get("type") or form.get("table")
     told = str(named) if named else f"{form['kind']}{form.get('bits', '')}"
     if form["kind"] == "llm_int8":
