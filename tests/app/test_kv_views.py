@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlparse
 
@@ -65,10 +66,8 @@ def event(kind: str, name: str, value: float, better: str, detail: Any = None) -
     }
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory) -> Iterator[tuple[Context, dict[str, str]]]:
-    """A home with every recipe measured, and the ids of the runs."""
-    home = tmp_path_factory.mktemp("caches")
+def fill(home: Path) -> dict[str, str]:
+    """Every recipe measured in a home -> {recipe: its run}."""
     queue, ids = seeded.queue_of(home), {}
     for recipe, (weights, part, perplexity) in RECIPES.items():
         spec = RunSpec(
@@ -85,9 +84,17 @@ def measured(tmp_path_factory) -> Iterator[tuple[Context, dict[str, str]]]:
         append(folder, cache.pop("type"), **cache)
         for window, value in perplexity.items():
             told = {"window": window, "dataset": "demo", "bos": "as_is"}
-            append(folder, "measurement", **event("perplexity", "perplexity", value, "lower", told))
+            found = event("perplexity", "perplexity", value, "lower", told)
+            append(folder, "measurement", **found)
         append(folder, "state", state="done")
-    store = seeded.store_of(home)
+    return ids
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> Iterator[tuple[Context, dict[str, str]]]:
+    home = tmp_path_factory.mktemp("caches")
+    ids = fill(home)
+    store, queue = seeded.store_of(home), seeded.queue_of(home)
     yield Context(store, queue, home, (), "127.0.0.1", "", queue), ids
     store.close()
 
