@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+OLDEST = 8  # compute capability: bf16 on tensor cores, asynchronous copies
 
 # A format's `data()`: its kind and every knob. "beside" names what else the weights have, if they
 # have more than codes and parameters; `pack` finds it in params: "column_group" [k]; "outliers" as
@@ -63,6 +66,8 @@ class Kernel(Protocol):
 
     name: str
     rank: int  # of several that can, the lowest is taken
+    reads: tuple[str, ...]  # kinds of weights
+    devices: tuple[str, ...]  # types of devices that it runs on
     cases: tuple[Case, ...]  # odd shapes included
 
     def why_not(
@@ -114,11 +119,36 @@ def kernels() -> dict[str, Kernel]:
 
 
 def find(weight: Json, act: Json | None, device: torch.device | str, n: int, k: int) -> Kernel:
-    """The best kernel for such a weight [n, k] on a device, or ValueError with every reason."""
-    reasons = []
+    """The best kernel for such a weight [n, k] on a device, or ValueError with every reason.
+
+    Reasons of those that are about such weights on such a device at all.
+    """
+    place, reasons = torch.device(device), []
+    if place.type == "cuda" and (reason := no_gpu(place)):
+        raise ValueError(f"no kernel can run on {place}: {reason}")
     for kernel in kernels().values():
-        reason = kernel.why_not(weight, act, torch.device(device), n, k)
+        reason = kernel.why_not(weight, act, place, n, k)
         if reason is None:
             return kernel
-        reasons.append(f"{kernel.name}: {reason}")
-    raise ValueError("no kernel multiplies by these weights: " + "; ".join(reasons))
+        if about(kernel, weight, place):
+            reasons.append(f"{kernel.name}: {reason}")
+    what = f"no kernel multiplies by these {weight['kind']!r} weights on {place.type}"
+    raise ValueError(": ".join([what, "; ".join(reasons)]) if reasons else what)
+
+
+def about(kernel: Kernel, weight: Json, device: torch.device) -> bool:
+    """True if a kernel takes weights of this kind, with what they have beside them, here."""
+    whole = set(getattr(kernel, "needs", ())) <= set(weight.get("beside", ()))
+    return whole and weight["kind"] in kernel.reads and device.type in kernel.devices
+
+
+@lru_cache(maxsize=16)
+def no_gpu(device: torch.device) -> str | None:
+    """Why kernels by Triton cannot run on a device, None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < OLDEST:
+            return f"it needs compute capability {OLDEST}.0, and this GPU has {major}.{minor}"
+    return None

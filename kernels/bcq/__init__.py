@@ -67,6 +67,8 @@ class BCQ:
 
     name = "bcq"
     rank = 30
+    reads = ("bcq",)
+    devices = ("cuda", "cpu")
     cases = (
         Case(1, 64, 128, bcq_format(bits=4, group=128, scale_dtype="float16")),
         Case(3, 70, 200, bcq_format(bits=3, group=64, scale_dtype="float16")),

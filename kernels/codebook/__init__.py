@@ -77,6 +77,8 @@ class Codebook:
 
     name = "codebook"
     rank = 30
+    reads = ("codebook",)
+    devices = ("cuda", "cpu")
     cases = (
         Case(1, 64, 256, codebook_format()),
         Case(3, 70, 200, codebook_format(table="fp4", group=32, scale_dtype="bfloat16")),

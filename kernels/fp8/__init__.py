@@ -36,6 +36,8 @@ class Fp8:
 
     name = "fp8"
     rank = 20
+    reads = ("minifloat",)
+    devices = ("cuda", "cpu")
     cases = (
         Case(1, 64, 64, e4m3(), e4m3()),
         Case(5, 33, 65, e4m3(), e4m3(per_tensor=True)),

@@ -31,6 +31,8 @@ class GGUFKernel:
 
     name = "gguf"
     rank = 50
+    reads = ("gguf",)
+    devices = ("cuda", "cpu")
     cases = tuple(
         Case(m, n, k, gguf_format(kind))
         for kind, (m, n, k) in zip(

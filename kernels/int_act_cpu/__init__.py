@@ -33,6 +33,8 @@ class IntActCpu:
 
     name = "int_act_cpu"
     rank = 10
+    reads = ("int",)
+    devices = ("cpu",)
     cases = (
         Case(1, 64, 64, W8, A8),
         Case(5, 33, 65, W8, A8),

@@ -47,6 +47,8 @@ class IntCpu:
 
     name = "int_cpu"
     rank = 20
+    reads = ("int",)
+    devices = ("cpu",)
     cases = (
         Case(1, 64, 64, int_format(bits=4, group=32)),
         Case(3, 100, 192, int_format(bits=4, group=64, symmetric=True)),

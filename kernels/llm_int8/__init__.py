@@ -33,6 +33,8 @@ class LLMInt8:
 
     name = "llm_int8"
     rank = 20
+    reads = ("llm_int8",)
+    devices = ("cuda", "cpu")
     cases = (
         Case(1, 64, 64, llm_int8("exact", 3)),
         Case(5, 33, 65, llm_int8("int8", 7)),

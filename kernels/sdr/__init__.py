@@ -37,6 +37,8 @@ class SDRKernel:
 
     name = "sdr"
     rank = 30
+    reads = ("sdr",)
+    devices = ("cuda", "cpu")
     cases = (
         Case(1, 4096, 4096, W4),
         Case(1, 4096, 4096, W4, act_of(8)),

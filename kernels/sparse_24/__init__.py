@@ -74,6 +74,9 @@ class Sparse24:
 
     name = "sparse_24"
     rank = 40
+    reads = ("int", "float16", "bfloat16", "float32")
+    devices = ("cuda", "cpu")
+    needs = ("keep",)
     cases = (
         Case(1, 64, 128, pruned("float16", 4)),
         Case(3, 70, 200, pruned("bfloat16", 4)),

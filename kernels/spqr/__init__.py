@@ -55,6 +55,8 @@ class SpQRKernel:
 
     name = "spqr"
     rank = 30
+    reads = ("spqr",)
+    devices = ("cuda", "cpu")
     cases = (
         Case(1, 4096, 4096, spqr_format(beside=BOTH)),
         Case(3, 70, 100, spqr_format(beside=BOTH)),

@@ -26,6 +26,8 @@ class W8A8:
 
     name = "w8_a8"
     rank = 20  # on a CPU, after oneDNN's product of bytes
+    reads = ("int",)
+    devices = ("cuda", "cpu")
     cases = (
         Case(1, 64, 64, W8, A8),
         Case(5, 33, 65, W8, A8),

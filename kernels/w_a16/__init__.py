@@ -7,9 +7,7 @@ about 200 rows arithmetic takes longer than reading weights, and expanding them 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -32,7 +30,6 @@ FIELD_BITS = {
     8: 8,
 }  # bits of a code -> bits of its field
 ROWS_AT_ONCE = 192  # rows of x above which W_hat is expanded once
-OLDEST = 8  # compute capability: bf16 on tensor cores, asynchronous copies
 
 
 class WA16:
@@ -40,6 +37,8 @@ class WA16:
 
     name = "w_a16"
     rank = 30
+    reads = ("int",)
+    devices = ("cuda",)
     cases = (
         Case(1, 64, 512, int_format(bits=4, group=128, scale_dtype="float16")),
         Case(1, 70, 300, int_format(bits=3, group=64)),
@@ -59,7 +58,7 @@ class WA16:
             return reason
         if not plane_of(FIELD_BITS[weight["bits"]], weight["group"], k):
             return f"its groups are multiples of {PLANES[-1]} channels, not {weight['group']}"
-        return no_gpu(device)
+        return None
 
     def pack(
         self,
@@ -158,18 +157,6 @@ OP = ops.register(
     cuda=on_gpu,
     fake=fake,
 )
-
-
-@lru_cache(maxsize=16)
-def no_gpu(device: torch.device) -> str | None:
-    """Why kernels by Triton cannot run on a device, None if they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < OLDEST:
-            return f"it needs compute capability {OLDEST}.0, and this GPU has {major}.{minor}"
-    return None
 
 
 KERNEL = WA16()

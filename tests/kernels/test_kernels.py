@@ -158,7 +158,7 @@ def test_find_takes_the_fastest_that_can():
         (int_format(bits=8, group=48), None, 96, "multiple of 32"),
         (int_format(bits=4), int_format(group=32), 64, "one activation scale per token"),
         (int_format(bits=4), int_format(mse=True), 64, "mse=false"),
-        ({"kind": "runes", "group": 16}, None, 64, "not 'runes'"),
+        ({"kind": "runes", "group": 16}, None, 64, "no kernel multiplies by these 'runes' weights"),
         (int_format(bits=4), {"kind": "minifloat", "group": 0}, 64, "not 'minifloat'"),
     ],
 )
@@ -166,7 +166,19 @@ def test_find_gives_every_reason(weight, act, k, says):
     with pytest.raises(ValueError, match="no kernel multiplies") as caught:
         find(weight, act, "cpu", 64, k)
     assert says in str(caught.value)
-    assert all(f"{name}: " in str(caught.value) for name in kernels())
+    told = {part.split(":")[0] for part in str(caught.value).split(": ", 1)[-1].split("; ")}
+    here = {name for name, kernel in kernels().items() if "cpu" in kernel.devices}
+    of_ints = {name for name in here if "int" in kernels()[name].reads} - {"sparse_24"}
+    assert {name for name in told if name in kernels()} <= of_ints
+
+
+def test_every_kernel_says_what_it_reads_and_where():
+    for kernel in kernels().values():
+        assert kernel.devices
+        assert set(kernel.devices) <= {"cpu", "cuda"}
+        for case in kernel.cases:
+            assert case.weight["kind"] in kernel.reads
+            assert set(getattr(kernel, "needs", ())) <= set(case.weight.get("beside", ()))
 
 
 @given(st.integers(1, 8), st.lists(st.integers(0, 255), max_size=70))
