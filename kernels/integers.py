@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 SMALLEST = {"float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126}
 
 
-def refuse(weight: Json, act: Json | None) -> str | None:
+def refuse(weight: Json, act: Json | None, kinds: Sequence[str] = ("int",)) -> str | None:
     """Why a weight or activation format is not one these kernels can read, None if it is."""
-    if weight["kind"] != "int":
+    if weight["kind"] not in kinds:
         return f"it multiplies by 'int' weights, not {weight['kind']!r}"
     if beside := beside_words(weight):
         return f"it keeps nothing beside the codes, and these have {beside}"
@@ -36,7 +36,7 @@ def group_of(weight: Json, k: int) -> int:
 
 
 def zeros(params: Mapping[str, Tensor], weight: Json) -> Tensor:
-    """The code of 0, fp32 [n, G] or [1, 1]: stored, or the middle of a symmetric grid."""
+    """What value 0 has for a code, fp32 [n, G] or [1, 1]: stored, or the middle if symmetric."""
     if "zero" in params:
         return params["zero"].float()
     return torch.full_like(params["scale"], 2.0 ** (weight["bits"] - 1), dtype=torch.float32)
@@ -110,8 +110,10 @@ def random_weight(case: Case, generator: torch.Generator) -> tuple[Tensor, dict[
     top = 2 ** case.weight["bits"] - 1
     codes = torch.randint(0, top + 1, (case.n, case.k), generator=generator, dtype=torch.uint8)
     group = group_of(case.weight, case.k)
-    shape = (1, 1) if case.weight["per_tensor"] else (case.n, -(-case.k // group))
+    shape = (1, 1) if case.weight.get("per_tensor") else (case.n, -(-case.k // group))
     params = {"scale": 0.01 + 0.01 * torch.rand(shape, generator=generator)}
-    if not case.weight["symmetric"]:
+    if case.weight["kind"] == "affine":
+        params["zero"] = top * torch.rand(shape, generator=generator)
+    elif not case.weight["symmetric"]:
         params["zero"] = torch.randint(0, top + 1, shape, generator=generator, dtype=torch.uint8)
     return codes, params

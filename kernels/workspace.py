@@ -22,7 +22,8 @@ class Workspaces(threading.local):
         """[count] elements, left as they are by the last product; zeros when new."""
         grown = self.held.setdefault((purpose, dtype, device), [])
         if not grown or grown[-1].numel() < count:
-            grown.append(torch.zeros(count, dtype=dtype, device=device))
+            with torch.inference_mode(False):  # else it could be written to within that mode alone
+                grown.append(torch.zeros(count, dtype=dtype, device=device))
             if device.type == "cpu":
                 del grown[:-1]  # no graph remembers it
         return grown[-1][:count]

@@ -162,8 +162,11 @@ class QuantLinear(LinearLike):
     def packed_form(self) -> dict[str, Any]:
         """What kernels are told: the format, and under "beside" what the weights have beside it."""
         assert self.qtensor is not None
+        form = self.qtensor.format.data()
+        if form["kind"] in ("int", "affine") and form["group"] >= self.in_features:
+            form["group"] = 0  # the same: one group is the whole row
         beside = sorted(self.beside())
-        return {**self.qtensor.format.data(), **({"beside": beside} if beside else {})}
+        return {**form, **({"beside": beside} if beside else {})}
 
     def beside(self) -> dict[str, dict[str, Tensor]]:
         """What the weights have beside codes and parameters, by its name in `packed_form`."""

@@ -178,3 +178,10 @@ def test_expanding_kernel_gives_the_simulated_numbers_exactly(bits, dtype, act, 
     simulated = layer(x.to(dtype))
     layer.pack(kernels()["w_a16"])
     assert torch.equal(layer(x.to(dtype)), simulated)
+
+
+def test_a_group_longer_than_the_row_is_packed_as_the_row(weight, x):
+    layer = QuantLinear(int_format(bits=4, group=4096).quantize(weight), None, dtype=torch.bfloat16)
+    simulated = layer(x.bfloat16()).float()
+    layer.pack(layer.kernel_for("cpu"))
+    assert (layer(x.bfloat16()).float() - simulated).abs().max() <= 0.02 * simulated.abs().max()

@@ -20,6 +20,8 @@ FORMATS = (
     int_format(bits=8, group=128),
     int_format(bits=8, symmetric=True),
     int_format(bits=6, group=160),
+    {"kind": "affine", "bits": 4, "group": 64},
+    {"kind": "affine", "bits": 3, "group": 32},
 )
 
 
@@ -102,3 +104,27 @@ def test_c_that_does_not_compile_is_none(tmp_path):
     source.write_text("#error no\n")
     assert native.library(source) is None
     assert native.library(tmp_path / "absent.c") is None
+
+
+def test_zero_points_that_are_real_numbers_cost_a_thirtieth_of_a_step(path):
+    packed, w, _ = made({"kind": "affine", "bits": 4, "group": 64}, 3, 70, 640)
+    scale = packed.tensors["scale_zero"][..., 0].float()
+    off = (KERNEL.reference(torch.eye(640).bfloat16(), packed).T - w).abs()
+    assert off.max() <= 2**-5 * scale.max()  # z, at most eight steps, in bf16
+
+
+def test_eight_bits_with_real_zero_points_are_refused():
+    why = KERNEL.why_not(
+        {"kind": "affine", "bits": 8, "group": 64}, None, torch.device("cpu"), 8, 64
+    )
+    assert why == "with zero points that are real numbers it takes 2 to 4 bits"
+
+
+def test_memory_made_in_inference_mode_is_there_for_all():
+    from kernels.workspace import Workspaces
+
+    memory, cpu = Workspaces(), torch.device("cpu")
+    with torch.inference_mode():
+        first = memory.take("x", 4, torch.float32, cpu)
+    first.add_(1)
+    assert memory.take("x", 2, torch.float32, cpu).tolist() == [1.0, 1.0]
