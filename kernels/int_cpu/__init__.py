@@ -136,8 +136,8 @@ def pack4(codes: Tensor, params: Mapping[str, Tensor], weight: Json) -> dict[str
     """codes [n, k] -> the op's int4 layout and scale_zero [G, n, 2] bf16: w = (q - 8) s + z.
 
     Codes of fewer bits are shifted so that the code of 0 is 8 wherever it fits, which keeps z
-    exactly 0 for whole zero points; else z, at most 8 steps, is rounded to bf16: by at most 0.031 of
-    a step.
+    exactly 0 for whole zero points; else z, at most 8 steps, is rounded to bf16: by 0.031 of a step
+    at most.
     """
     n, k = codes.shape
     group = fitting_group(weight, k)
