@@ -71,8 +71,8 @@ class Code:
         return sum(bool(re.match(pattern, opcode(i))) for i in self.instructions)
 
     def per_weight(self, build: Build) -> float:
-        """Instructions of the loop for each weight, over all lanes of a block."""
-        return len(self.loop) * 32 * build.warps / build.per_pass
+        """Instructions of the loop for each weight, over all lanes; of the whole without a loop."""
+        return len(self.loop or self.instructions) * 32 * build.warps / build.per_pass
 
 
 def faults(build: Build, code: Code, capability: int) -> list[str]:
@@ -182,7 +182,8 @@ def main(names: list[str]) -> int:
         for build in builds(name).values():
             for capability in build.targets:
                 code = compiled((name, build.name), capability)
-                spent = f"{code.per_weight(build):5.2f} per weight" if build.per_pass else ""
+                what = "weight" if code.loop else "element"  # without a loop nothing is multiplied
+                spent = f"{code.per_weight(build):5.2f} per {what}" if build.per_pass else ""
                 wrong = "; ".join(faults(build, code, capability))
                 faulty += bool(wrong)
                 print(

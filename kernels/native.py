@@ -17,8 +17,8 @@ COMPILE = ("cc", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-sha
 SECONDS = 60
 
 
-@lru_cache(maxsize=8)
-def library(source: Path) -> ctypes.CDLL | None:
+@lru_cache(maxsize=32)
+def library(source: Path, *flags: str) -> ctypes.CDLL | None:
     """The functions of a C file, None where it cannot be compiled or loaded.
 
     On Linux, OpenMP is the one that PyTorch has loaded, hence one pool of threads.
@@ -28,7 +28,7 @@ def library(source: Path) -> ctypes.CDLL | None:
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder) / "library.so"  # once loaded, the file itself is not needed
         try:
-            command = [*COMPILE, "-o", str(built), str(source)]
+            command = [*COMPILE, *flags, "-o", str(built), str(source)]
             subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
             return ctypes.CDLL(str(built))
         except (OSError, subprocess.SubprocessError):

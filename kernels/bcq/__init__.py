@@ -18,6 +18,7 @@ from kernels.base import Case, Json, Kernel, Packed, find, kernels
 from kernels.bcq import cpu
 from kernels.bcq.layout import pack_offsets, pack_planes, pack_scales, plane_of
 from kernels.integers import int_format
+from kernels.table_cpu import is_rows, pack_rows, ready
 
 MOST_BITS = 4
 CLOSE = 1e-5  # of a scale: how near to twice the one before it, and zero points to whole numbers
@@ -111,6 +112,11 @@ class BCQ:
                 return replace(packed, weight={**weight, "as": {**form, "kernel": kernel.name}})
         groups = -(-k // weight["group"]) if weight["group"] else 1
         alpha = params["alpha"].expand(n, groups, weight["bits"])
+        if ready(weight["bits"], codes.device):
+            held = {"words": pack_rows(codes, weight["bits"]), "alphas": alpha.contiguous()}
+            if "offset" in params:
+                held["offsets"] = params["offset"].expand(n, groups).contiguous()
+            return Packed(held, n, k, weight, act)
         plane = plane_of(weight["bits"], weight["group"], k)
         held = {
             "words": pack_planes(codes, weight["bits"], plane),
@@ -138,7 +144,8 @@ class BCQ:
             return other_kernel(packed).reference(x, as_packed(packed))
         t, group = packed.tensors, packed.weight["group"]
         every = slice(0, len(t["words"]))
-        w = cpu.dense(t["words"], t["alphas"], t.get("offsets"), packed.k, group, every)
+        dense = cpu.dense_rows if is_rows(t["words"]) else cpu.dense
+        w = dense(t["words"], t["alphas"], t.get("offsets"), packed.k, group, every)
         return x.float() @ w[: packed.n].T
 
     def example(self, case: Case, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:

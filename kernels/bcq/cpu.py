@@ -1,6 +1,6 @@
-"""The product on a CPU: tiles of rows become 16- or 32-bit weights in a buffer that is reused.
+"""The product on a CPU: by C that looks codes up in tables of sums, or tiles that are expanded.
 
-It saves memory, not time: PyTorch has no CPU operation that multiplies by bit planes.
+Expanded, it saves memory and no time: PyTorch has no CPU operation that multiplies by bit planes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.bcq.layout import FIELDS, ROWS, place
+from kernels.table_cpu import SUMS, Table, by_tiles, columns, is_rows, takes, unpack_rows
+from kernels.table_cpu import multiply as by_table
 from kernels.workspace import WORKSPACES
 
 TILES = 2  # of 64 rows at once: 128 rows of 4096 weights in fp32 stay in the cache
@@ -20,6 +22,8 @@ def multiply(
 ) -> Tensor:
     """x [m, k] -> [m, n] in x's dtype; see layout.py for the others."""
     m, k = x.shape
+    if is_rows(words):
+        return by_rows(x, words, alphas, offsets, n, group)
     y = x.new_empty(m, n)
     for start in range(0, len(words), TILES):
         rows = slice(start * ROWS, min((start + TILES) * ROWS, n))
@@ -28,6 +32,30 @@ def multiply(
         w.copy_(part)
         y[:, rows] = functional.linear(x, w[: rows.stop - rows.start])
     return y
+
+
+def by_rows(
+    x: Tensor, words: Tensor, alphas: Tensor, offsets: Tensor | None, n: int, group: int
+) -> Tensor:
+    """The same of table_cpu's rows; alphas [n, G, bits], offsets [n, G]."""
+    form = alphas.shape[2]
+    if takes(x, form):
+        return by_table(
+            x, Table(words, form, SUMS, group, alphas.shape[1], scale=alphas, more=offsets), n
+        )
+    return by_tiles(x, n, lambda rows: dense_rows(words, alphas, offsets, x.shape[1], group, rows))
+
+
+def dense_rows(
+    words: Tensor, alphas: Tensor, offsets: Tensor | None, k: int, group: int, rows: slice
+) -> Tensor:
+    """W_hat [rows, k] fp32 from table_cpu's rows, each sum in the format's order."""
+    bits, of = alphas.shape[2], columns(k, group)
+    codes, own = unpack_rows(words[rows], bits, k), alphas[rows].float()
+    w = torch.zeros(codes.shape)
+    for b in range(bits):
+        w.addcmul_((codes >> b & 1).float() * 2 - 1, own[:, of, b])
+    return w if offsets is None else w.add_(offsets[rows].float()[:, of])
 
 
 def dense(

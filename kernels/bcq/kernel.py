@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels import tables
-from kernels.aot import Build
+from kernels.aot import TARGETS, Build
 from kernels.bcq.layout import FIELDS, LONGEST, ROWS, group_starts, numbers, sum_ends
 from kernels.split_k import finish, memory_for, splits_for
 from kernels.workspace import WORKSPACES
 
 EXPAND_ABOVE = 32  # rows of x from which W is expanded once: tensor cores do every plane's product
+EXPAND_WARPS = 8  # with 4, 3 bits spill 207 registers
 COLUMNS = 8  # rows of x at once: with 16 the registers of every plane's slices spill
 # Instructions per weight at which reading, not issuing, is the limit (H200, 4.3 TB/s), and the
 # sum of x counted in.
@@ -270,7 +271,7 @@ def expanded(
     k = x.shape[1]
     tiles, blocks, _, rows, plane = words.shape
     bits = alphas.shape[2]
-    w = WORKSPACES.take("weights", n * k, x.dtype, x.device).view(n, k)
+    w = WORKSPACES.take("expanded", n * k, x.dtype, x.device).view(n, k)
     expand[(tiles, blocks)](
         words,
         alphas,
@@ -285,7 +286,7 @@ def expanded(
         P=plane,
         GROUP=group // plane,
         R=rows,
-        num_warps=4,
+        num_warps=EXPAND_WARPS,
     )
     return w
 
@@ -341,10 +342,12 @@ def build_expand(bits: int) -> Build:
             "offsets": None,
             "BITS": bits,
             "F": FIELDS[bits],
-            "P": 64,
-            "GROUP": 2,
+            "P": LONGEST[bits],
+            "GROUP": 128 // LONGEST[bits],
             "R": ROWS,
         },
+        warps=EXPAND_WARPS,
+        targets=TARGETS if bits == 3 else (90,),  # the longest; no two differ by a tenth
         divisible=("N", "K", "padded"),
     )
 
@@ -352,5 +355,5 @@ def build_expand(bits: int) -> Build:
 BUILDS = (
     *(build(bits, torch.bfloat16) for bits in (2, 3, 4)),
     build(4, torch.float16),
-    build_expand(4),
+    *(build_expand(bits) for bits in (1, 2, 3, 4)),
 )

@@ -16,6 +16,7 @@ from kernels.base import Case, Json, Packed
 from kernels.codebook import cpu
 from kernels.codebook.layout import pack_nibbles, pack_scales, plane_of
 from kernels.codebook.levels import TABLES, levels_of, numbering
+from kernels.table_cpu import is_rows, pack_rows, ready
 
 
 def on_gpu(
@@ -106,12 +107,19 @@ class Codebook:
         self, codes: Tensor, params: Mapping[str, Tensor], weight: Json, act: Json | None
     ) -> Packed:
         n, k = codes.shape
-        nibbles = numbering(weight["table"]).to(codes.device)[codes.long()]
-        held = {
-            "words": pack_nibbles(nibbles, plane_of(weight["group"], k)),
-            "scales": pack_scales(params["scale"]),
-            "levels": by_nibble(weight["table"]).to(codes.device),
-        }
+        if ready(4, codes.device):
+            held = {
+                "words": pack_rows(codes, 4),
+                "scales": params["scale"].contiguous(),
+                "levels": levels_of(weight["table"]),
+            }
+        else:
+            nibbles = numbering(weight["table"]).to(codes.device)[codes.long()]
+            held = {
+                "words": pack_nibbles(nibbles, plane_of(weight["group"], k)),
+                "scales": pack_scales(params["scale"]),
+                "levels": by_nibble(weight["table"]).to(codes.device),
+            }
         if "second" in params:
             second = params["second"].float().flatten()
             last = torch.full_like(second[:1], len(second) - 1)
@@ -128,6 +136,9 @@ class Codebook:
         t, form = packed.tensors, packed.weight
         own = (t["words"], t["scales"], t.get("second"), t.get("offset"))
         every = slice(0, len(t["words"]))
+        if is_rows(t["words"]):
+            w = cpu.dense_rows(*own, t["levels"], packed.k, form["group"], every)
+            return x.float() @ w.T
         w = cpu.dense(*own, packed.k, form["group"], form["table"], every)
         return x.float() @ w[: packed.n].T
 

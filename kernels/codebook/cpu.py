@@ -1,6 +1,6 @@
-"""The product on a CPU: tiles of rows are looked up into a buffer that is reused.
+"""The product on a CPU: by C that looks codes up in registers, or tiles that are expanded.
 
-It saves memory, not time: PyTorch has no CPU operation that multiplies by looked-up weights.
+Expanded, it saves memory and no time: PyTorch has no CPU operation for looked-up weights.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from torch.nn import functional
 
 from kernels.codebook.layout import ROWS, by_row
 from kernels.codebook.levels import dynamic8, levels_of, numbering
+from kernels.table_cpu import DOUBLE, PLAIN, Table, by_tiles, columns, is_rows, takes, unpack_rows
+from kernels.table_cpu import multiply as by_table
 from kernels.workspace import WORKSPACES
 
 TILES = 2  # of 64 rows at once: 128 rows of 4096 weights in fp32 stay in the cache
@@ -32,6 +34,8 @@ def multiply(
 ) -> Tensor:
     """x [m, k] -> [m, n] in x's dtype; see kernel.py for the others."""
     m, k = x.shape
+    if is_rows(words):
+        return by_rows(x, words, scales, second, offset, levels, n, group)
     y = x.new_empty(m, n)
     for start in range(0, len(words), TILES):
         tiles = slice(start, min(start + TILES, len(words)))
@@ -41,6 +45,43 @@ def multiply(
         rows = slice(start * ROWS, min(tiles.stop * ROWS, n))
         y[:, rows] = functional.linear(x, w[: rows.stop - rows.start])
     return y
+
+
+def by_rows(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    second: Tensor | None,
+    offset: Tensor | None,
+    levels: Tensor,
+    n: int,
+    group: int,
+) -> Tensor:
+    """The same of table_cpu's rows, levels those of codes; scales [n, G]."""
+    if takes(x, 4):
+        table = Table(words, 4, PLAIN, group, scales.shape[1], levels, scales)
+        if second is not None:
+            table.kind, table.more, table.low = DOUBLE, second, dynamic8()
+            table.fourth, table.extra = offset, len(second)
+        return by_table(x, table, n)
+    own = (words, scales, second, offset, levels, x.shape[1], group)
+    return by_tiles(x, n, lambda rows: dense_rows(*own, rows))
+
+
+def dense_rows(
+    words: Tensor,
+    scales: Tensor,
+    second: Tensor | None,
+    offset: Tensor | None,
+    levels: Tensor,
+    k: int,
+    group: int,
+    rows: slice,
+) -> Tensor:
+    """W_hat [rows, k] fp32 from table_cpu's rows."""
+    w = levels[unpack_rows(words[rows], 4, k).int()]
+    which = torch.arange(rows.start, rows.start + len(w))
+    return w.mul_(scales_of(scales.T, second, offset, which)[:, columns(k, group)])
 
 
 def dense(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels import tables
-from kernels.aot import Build
+from kernels.aot import TARGETS, Build
 from kernels.codebook.layout import FIELDS, ROWS, group_starts
 from kernels.codebook.levels import dynamic8, permute_tables, scaled_table
 from kernels.split_k import finish, memory_for, splits_for
@@ -25,6 +25,7 @@ from kernels.workspace import WORKSPACES
 
 EXPAND_ABOVE = 64  # rows of x from which W is expanded once, for PyTorch's own product
 COLUMNS = (8, 16, 32, 64)  # rows of x at once
+EXPAND_WARPS = 8  # with 4 planes of 128 may spill registers
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 # Instructions per weight at which reading, not issuing, is the limit (H200, 4.3 TB/s), are 4.4.
 # Eight of 32 are table words moved into place; scales of two levels cost the rest of the second.
@@ -218,7 +219,8 @@ def multiply_packed(
     tiles, blocks, rows, plane = words.shape
     mb = next(c for c in COLUMNS if m <= c or c == COLUMNS[-1])
     m_tiles = triton.cdiv(m, mb)
-    config = configuration(x.device, m, n=n, k=k, group=group)
+    double = second is not None
+    config = configuration(x.device, m, n=n, k=k, group=group, double=double)
     splits = splits or config.get("splits") or splits_for(tiles * m_tiles, blocks, x.device)
     partials, counters = memory_for(splits, m_tiles, tiles, mb * rows, x.device)
     levels, factor = table_on(table, x.dtype, x.device)
@@ -268,7 +270,7 @@ def expanded(
     """W_hat [n, k] in x's dtype, in memory that the next product takes again."""
     k = x.shape[1]
     tiles, blocks, rows, plane = words.shape
-    w = WORKSPACES.take("weights", n * k, x.dtype, x.device).view(n, k)
+    w = WORKSPACES.take("expanded", n * k, x.dtype, x.device).view(n, k)
     dynamic = None if second is None else dynamic_on(x.device)
     expand[(tiles, blocks)](
         words,
@@ -286,7 +288,7 @@ def expanded(
         P=plane,
         GROUP=group // plane,
         R=rows,
-        num_warps=4,
+        num_warps=EXPAND_WARPS,
     )
     return w
 
@@ -309,14 +311,36 @@ def configuration(device: torch.device, m: int, **key: int) -> dict[str, Any]:
     return dict(tables.configured("codebook", device, m, **key) or {})
 
 
+def scale_types(double: bool) -> tuple[dict[str, str], dict[str, None]]:
+    """Types of what scales are read from, and the arguments that are not there."""
+    if double:
+        return {"scales": "u8", "second": "fp32", "offset": "fp32", "dynamic": "fp32"}, {}
+    return {"scales": "fp32"}, {"second": None, "offset": None, "dynamic": None}
+
+
+def build_expand(*, double: bool = False) -> Build:
+    """`expand` to bf16: planes of 64, or of 128 where scales of groups of 128 have two levels."""
+    scales, none = scale_types(double)
+    pointers = {"words": "i16", **scales, "levels": "fp32", "w": "bf16"}
+    integers = ("N", "K", "padded", "blocks", "groups")
+    return Build(
+        name="expand" + ("-double" if double else ""),
+        kernel=expand,
+        types={n: f"*{t}" for n, t in pointers.items()} | dict.fromkeys(integers, "i32"),
+        constants={"P": 128 if double else 64, "GROUP": 1, "R": ROWS, **none},
+        warps=EXPAND_WARPS,
+        divisible=("N", "K", "padded"),
+        targets=TARGETS if double else (90,),
+    )
+
+
 def build(dtype: torch.dtype, mb: int, *, double: bool = False) -> Build:
     """`product` as a layer of 4096 input channels in groups of 64 would run it."""
     element, plane = NAMES[dtype], 64
-    pointers = {"x": element, "words": "i16", "scales": "u8" if double else "fp32"}
-    pointers |= {"second": "fp32", "offset": "fp32", "dynamic": "fp32"} if double else {}
-    pointers |= {"levels": element, "y": element, "partials": "fp32", "counters": "i32"}
+    scales, none = scale_types(double)
+    pointers = {"x": element, "words": "i16", **scales, "levels": element, "y": element}
+    pointers |= {"partials": "fp32", "counters": "i32"}
     integers = ("M", "N", "K", "padded", "blocks", "groups")
-    none = {} if double else {"second": None, "offset": None, "dynamic": None}
     constants: dict[str, object] = {
         "P": plane,
         "GROUP": 1,
@@ -338,13 +362,16 @@ def build(dtype: torch.dtype, mb: int, *, double: bool = False) -> Build:
         divisible=("N", "K", "padded"),
         per_pass=ROWS * plane * FIELDS,
         budget=BUDGETS[double] if mb == 8 else 0,  # with more columns multiplying is the limit
+        spills=8 if mb == 64 else 0,  # on sm_80, of 1800 instructions
         tensor_core="HMMA|HGMMA|UTCHMMA",
     )
 
 
 BUILDS = (
     build(torch.bfloat16, 8),
-    build(torch.float16, 8),
     build(torch.bfloat16, 8, double=True),
     build(torch.bfloat16, 16),
+    build(torch.bfloat16, 64),
+    build_expand(),
+    build_expand(double=True),
 )

@@ -1,8 +1,9 @@
 """E4M3 weights by E4M3 activations, scaled per token as they come, or by 16-bit activations.
 
 On a GPU with E4M3 products many tokens go through torch._scaled_mm; everything else, older GPUs
-and scales per group of input channels included, through Triton. A CPU expands the weights, a tile
-of rows at a time, for every product: it saves memory, not time.
+and scales per group of input channels included, through Triton. A CPU with products of bf16 pairs
+turns codes into bf16 in registers (kernels/table_cpu.py); others expand a tile of rows at a time
+for every product, which saves memory, not time.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from torch.nn import functional
 from kernels import ops
 from kernels.base import Case, Json, Packed
 from kernels.quantize import e4m3_rows_reference
+from kernels.table_cpu import E4M3, NONE, PLAIN, Table, takes
+from kernels.table_cpu import multiply as by_table
+from kernels.table_cpu import padded as whole_blocks
 from kernels.w8_a8.layout import padded, unpadded
 from kernels.workspace import WORKSPACES
 
@@ -129,6 +133,8 @@ def _cpu(
 ) -> Tensor:
     """Weights expanded in bf16 for bf16 activations, else in fp32, into memory used again."""
     (m, k), (n, width) = x.shape, codes.shape
+    if width == whole_blocks(k, E4M3) and takes(x, E4M3):
+        return _by_table(x, codes, scale, group, rounded, scale_dtype, shared)
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     token_scale = None
     if rounded:
@@ -146,6 +152,27 @@ def _cpu(
         part = part if scale.shape[1] > 1 else part.mul_(tile_scale.T)
         y[:, start : start + TILE] = part if token_scale is None else part * token_scale[:, None]
     return y
+
+
+def _by_table(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    group: int,
+    rounded: bool,
+    scale_dtype: str,
+    shared: bool,
+) -> Tensor:
+    """The same in C. Rounded activations are exact in bf16."""
+    n, width = codes.shape
+    one = scale.shape[1] == 1
+    own = Table(codes, E4M3, NONE, row_scale=scale)
+    if not one:
+        own = Table(codes, E4M3, PLAIN, group, scale.shape[1], scale=scale)
+    if not rounded:
+        return by_table(x, own, n)
+    rows, token_scale = e4m3_rows_reference(x, width, scale_dtype, shared)
+    return by_table(expanded(rows, torch.bfloat16), own, n, token_scale.contiguous())
 
 
 def expanded(codes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -213,7 +240,7 @@ def by_scaled_mm(x: Tensor, codes: Tensor, scale: Tensor, scale_dtype: str, shar
 
 def by_expanded(x: Tensor, codes: Tensor, scale: Tensor, group: int) -> Tensor:
     """Weights expanded once into x's dtype, in memory used again, then the vendor's product."""
-    w = WORKSPACES.take("fp8_weights", codes.numel(), x.dtype, x.device).view(codes.shape)
+    w = WORKSPACES.take("expanded", codes.numel(), x.dtype, x.device).view(codes.shape)
     w.copy_(codes.view(torch.float8_e4m3fn))
     if scale.shape[1] == 1:
         w.mul_(scale)

@@ -246,8 +246,9 @@ def product(
     y = x.new_empty(m, n)
     if m == 0:
         return y
-    if config is None and x.is_cuda:
-        config = tables.configured("fp8", x.device, m, n=n, k=k, group=group)
+    if config is None:
+        key = {"n": n, "k": k, "group": group, "rounded": rounding is not None}
+        config = tables.configured("fp8", x.device, m, **key)
     config = config or heuristic(m, n, width, group if scale.shape[1] > 1 else 0, x.device)
     x = x.contiguous()
     a, scales = x, scale

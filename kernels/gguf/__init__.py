@@ -1,12 +1,14 @@
 """GGUF block types as packed weights: bits as many as in a file, expanded some rows at a time.
 
-It saves memory, not time: a tile of rows is expanded in a buffer that all layers share, and then
-multiplied. Numbers are those of the simulated model, whose W_hat is computed in the same way.
+On a CPU whose C compiles, codes are looked up in registers (kernels/table_cpu.py). Else it saves
+memory, not time: a tile of rows is expanded in a buffer that all layers share, and multiplied.
+Numbers are those of the simulated model, whose W_hat is computed in the same way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,9 +17,20 @@ from torch.nn import functional
 from kernels import ops
 from kernels.base import Case, Json, Packed
 from kernels.gguf.layout import TABLE, TYPES, Type, ordered, pack_planes, unpack_planes
+from kernels.table_cpu import (
+    BLOCKS,
+    PLAIN,
+    Table,
+    by_tiles,
+    pack_rows,
+    ready,
+    takes,
+    unpack_rows,
+)
+from kernels.table_cpu import multiply as by_table
 from kernels.workspace import WORKSPACES
 
-CELLS = 2**20  # weights expanded at once
+CELLS = {"cpu": 2**20, "cuda": 2**24}  # weights expanded at once
 NAMES = ("d", "zero_d", "scale", "zero_scale")  # parameters, as the format stores them
 
 
@@ -60,7 +73,12 @@ class GGUFKernel:
         """planes as layout.py has them, parameters as they are stored."""
         n, k = codes.shape
         kept = {name: params[name].contiguous() for name in NAMES if name in params}
-        tensors = {"planes": pack_planes(codes, TYPES[weight["type"]]), **kept}
+        kind = TYPES[weight["type"]]
+        if ready(kind.bits, codes.device):
+            planes = pack_rows(codes, kind.bits).view(torch.int16)  # bytes are planes
+        else:
+            planes = pack_planes(codes, kind)
+        tensors = {"planes": planes, **kept}
         return Packed(tensors, n, k, weight, act)
 
     def matmul(self, x: Tensor, packed: Packed) -> Tensor:
@@ -70,6 +88,9 @@ class GGUFKernel:
     def reference(self, x: Tensor, packed: Packed) -> Tensor:
         kind = TYPES[packed.weight["type"]]
         params = {name: t for name, t in packed.tensors.items() if name != "planes"}
+        planes = packed.tensors["planes"]
+        if planes.dtype == torch.int16:
+            return x.float() @ dense_rows(planes, params, kind, packed.k).T
         return ordered(x.float(), kind) @ expanded(packed.tensors["planes"], params, kind).T
 
     def example(self, case: Case, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -110,6 +131,12 @@ def levels(params: Mapping[str, Tensor], kind: Type) -> tuple[Tensor, Tensor | N
     return scale.flatten(1), offset.neg_().flatten(1)
 
 
+@cache
+def table_on(device: torch.device) -> Tensor:
+    """TABLE [16] fp32 on a device: made once, for a copy to a GPU cannot be in a CUDA graph."""
+    return torch.tensor(TABLE, dtype=torch.float32, device=device)
+
+
 def expanded(planes: Tensor, params: Mapping[str, Tensor], kind: Type) -> Tensor:
     """Rows [n, bytes] and their parameters -> values [n, k] fp32 in the order of the planes.
 
@@ -120,8 +147,7 @@ def expanded(planes: Tensor, params: Mapping[str, Tensor], kind: Type) -> Tensor
     unpack_planes(planes, kind, cells)
     w = WORKSPACES.take("gguf values", n * k, torch.float32, planes.device).view(n, k)
     if kind.table:
-        table = torch.tensor(TABLE, dtype=torch.float32, device=planes.device)
-        torch.index_select(table, 0, cells.flatten().int(), out=w.view(-1))
+        torch.index_select(table_on(planes.device), 0, cells.flatten().int(), out=w.view(-1))
     else:
         w.copy_(cells)
         if kind.zero:
@@ -145,11 +171,13 @@ def multiply(
 ) -> Tensor:
     """On every device: some rows at a time, expanded to x's dtype."""
     kind, n, k = TYPES[type], len(planes), x.shape[1]
+    if planes.dtype == torch.int16:
+        return by_rows(x, planes, d, zero_d, scale, zero_scale, type)
     given = zip(NAMES, (d, zero_d, scale, zero_scale), strict=True)
     params = {name: t for name, t in given if t is not None}
     moved = ordered(x, kind)
     out = x.new_empty(len(x), n)
-    step = max(1, CELLS // k) if x.device.type == "cpu" else n
+    step = max(1, CELLS[x.device.type] // k)
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
         w = expanded(planes[rows], {name: t[rows] for name, t in params.items()}, kind)
@@ -160,13 +188,59 @@ def multiply(
     return out
 
 
+def level_table(kind: Type) -> Tensor:
+    """[2^bits] fp32: what each code of at most 5 bits stands for, before scale and offset."""
+    if kind.table:
+        return torch.tensor(TABLE, dtype=torch.float32)
+    return torch.arange(2.0 ** min(kind.bits, 5)) - kind.zero
+
+
+def dense_rows(planes: Tensor, params: Mapping[str, Tensor], kind: Type, k: int) -> Tensor:
+    """W_hat [rows, k] fp32 from table_cpu's rows."""
+    codes = unpack_rows(planes.view(torch.uint8), kind.bits, k)
+    w = level_table(kind)[codes.int()] if kind.table else codes.float() - kind.zero
+    scale, offset = levels(params, kind)
+    w.view(len(w), -1, kind.sub).mul_(scale[..., None])
+    if offset is not None:
+        w.view(len(w), -1, kind.sub).add_(offset[..., None])
+    return w
+
+
+def by_rows(
+    x: Tensor,
+    planes: Tensor,
+    d: Tensor,
+    zero_d: Tensor | None,
+    scale: Tensor | None,
+    zero_scale: Tensor | None,
+    type: str,
+) -> Tensor:
+    """The product of table_cpu's rows."""
+    kind, k = TYPES[type], x.shape[1]
+    if takes(x, kind.bits):
+        words, groups = planes.view(torch.uint8), k // kind.sub
+        own = Table(words, kind.bits, PLAIN, kind.sub, groups, level_table(kind), d, zero_d)
+        if scale is not None:
+            own.kind, own.low, own.fourth = BLOCKS, scale, zero_scale
+            own.kind_type = 1 if scale.dtype == torch.int8 else kind.scale_zero
+            own.extra = (kind.block // kind.sub).bit_length() - 1
+        return by_table(x, own, len(planes))
+    given = zip(NAMES, (d, zero_d, scale, zero_scale), strict=True)
+    params = {name: t for name, t in given if t is not None}
+
+    def rows_of(rows: slice) -> Tensor:
+        return dense_rows(planes[rows], {a: t[rows] for a, t in params.items()}, kind, k)
+
+    return by_tiles(x, len(planes), rows_of)
+
+
 def fake(x: Tensor, planes: Tensor, *rest: object) -> Tensor:
     """An empty result."""
     return x.new_empty(x.shape[0], planes.shape[0])
 
 
 OP = ops.register(
-    "quantarena_gguf(Tensor x, Tensor planes, Tensor d, Tensor? zero_d, Tensor? scale, "
+    "gguf(Tensor x, Tensor planes, Tensor d, Tensor? zero_d, Tensor? scale, "
     "Tensor? zero_scale, str type) -> Tensor",
     cpu=multiply,
     cuda=multiply,

@@ -2,7 +2,7 @@
 
 `int8_rows` and `e4m3_rows` round rows, by one scale each or one for all; `norm_int8_rows` and
 `silu_int8_rows` first compute the RMSNorm before an attention's projections, and the product before
-a feed-forward's last one, so that neither is written and read again. `pack` is pack_bits of
+a feed-forward's last one, so that neither is written and read again. `pack_codes` is pack_bits of
 kernels.packing on the GPU. The products of kernels/ take these codes; there is no KERNEL here.
 """
 
@@ -177,8 +177,8 @@ silu_int8_rows = ops.register(
     cuda=_silu_cuda,
     fake=lambda gate, up, width, *grid: _empty_rows(gate, width),
 )
-pack = ops.register(
-    "pack(Tensor codes, int bits) -> Tensor",
+pack_codes = ops.register(
+    "pack_codes(Tensor codes, int bits) -> Tensor",
     cpu=pack_bits,
     cuda=_pack_cuda,
     fake=lambda codes, bits: codes.new_empty(packed_bytes(codes.numel(), bits)),

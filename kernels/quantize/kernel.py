@@ -357,10 +357,18 @@ INT_ROWS = {**E4M3_ROWS, "BITS": 8, "STEPS": 127.0, "SOURCE": NORM}
 WIDE = {**INT_ROWS, "STEPS": 0.0, "SOURCE": SILU, "BLOCK": 16384}
 WHOLE = ("k", "width")
 E4M3_TYPES = {**ROW_TYPES, "codes": "*u8"}
+ENDS_TYPES = {"x": "*bf16", "other": "*bf16", "ends": "*fp32", "k": "i32", "eps": "fp32"}
+ENDS = {"SOURCE": NORM, "BLOCK": 4096}
+PEAK_TYPES = {"x": "*bf16", "keep": "*u8", "codes": "*i8", "scales": "*fp32"}
+PEAK_TYPES |= {"k": "i32", "width": "i32"}
 PACK_TYPES = {"codes": "*u8", "words": "*u8", "count": "i64"}
 BUILDS = (
     Build("norm", int_rows, INT_TYPES, INT_ROWS, warps=8, per_pass=4096, divisible=WHOLE),
     Build("silu_14336", int_rows, INT_TYPES, WIDE, warps=32, per_pass=16384, divisible=WHOLE),
     Build("e4m3", e4m3_rows, E4M3_TYPES, E4M3_ROWS, warps=8, per_pass=4096, divisible=WHOLE),
+    Build(
+        "ends", row_ends, ENDS_TYPES, ENDS, warps=8, per_pass=4096, divisible=WHOLE, targets=(90,)
+    ),
+    Build("peaks", peak_rows, PEAK_TYPES, {"BLOCK": 4096}, 8, per_pass=4096, divisible=WHOLE),
     Build("pack3", pack_eights, PACK_TYPES, {"BITS": 3, "ROWS": PACK_ROWS}),
 )

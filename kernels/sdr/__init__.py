@@ -3,7 +3,7 @@
 Every weight is a whole number of one byte, every rounded input one of two, and products of bytes
 have exact 32-bit sums: nothing is rounded before the scales of row and token. Codes stay in half a
 byte, shifts in another for every 16 weights or fewer; a tile is expanded when it is needed, on the
-GPU in registers, on the CPU into a buffer that all layers share.
+GPU in registers, on the CPU in registers too (kernels/table_cpu.py) or into a shared buffer.
 """
 
 from __future__ import annotations
@@ -19,11 +19,24 @@ from kernels import ops
 from kernels.base import Case, Json, Packed
 from kernels.sdr.activations import bytes_of, integers, one_byte, sdr_format
 from kernels.sdr.layout import MIDDLE, Layout, flat, ordered, pack, tiled, unit_of, unpack
+from kernels.table_cpu import (
+    SHIFT,
+    Table,
+    fits,
+    is_rows,
+    pack_rows,
+    padded,
+    ready,
+    takes,
+    unpack_rows,
+)
+from kernels.table_cpu import multiply as by_table
 from kernels.workspace import WORKSPACES
 
 CELLS = 2**21  # weights expanded at once on the CPU
 FEW = 16  # rows of x up to which PyTorch's int8 weight-only product is the fastest one
 MOST = 2**17  # inputs: so many products of two bytes, 2^14 at most, have a 32-bit sum
+LEVELS = torch.arange(16.0) - MIDDLE  # of codes in half a byte
 W4 = sdr_format(scale_dtype="float16")
 
 
@@ -81,6 +94,15 @@ class SDRKernel:
         shift = params.get("shift")
         if shift is None:  # bits = base_bits: nothing is cut
             shift = torch.zeros(n, 1, dtype=torch.uint8, device=codes.device)
+        if ready(4, codes.device) and fits(weight["group"]):
+            around = codes + (MIDDLE - 2 ** (weight["bits"] - 1))
+            even = functional.pad(shift, (0, shift.shape[1] % 2))
+            tensors = {
+                "words": pack_rows(around, 4),
+                "shifts": even[:, ::2] | even[:, 1::2] << 4,
+                "scale": params["scale"].float().expand(n, 1).flatten().contiguous(),
+            }
+            return Packed(tensors, n, k, {**weight, "shifts": shift.shape[1]}, act)
         group = weight["group"] or lay.padded
         times = group // lay.unit
         shift = shift.repeat_interleave(times, 1)[:, : -(-k // lay.unit)]  # [n, units]
@@ -97,6 +119,8 @@ class SDRKernel:
         per_tensor = act is not None and act["per_tensor"]
         dtype = "" if act is None else act["scale_dtype"]
         unit = unit_of(packed.weight["group"])
+        if is_rows(held["words"]):
+            unit = group_of(packed.weight, packed.k)
         return OP(
             x,
             held["words"],
@@ -145,9 +169,25 @@ def layout_of(weight: Json, act: Json | None, n: int, k: int, device: torch.devi
 def dense(packed: Packed) -> Tensor:
     """W_hat [n, k] fp32 from the packed tensors."""
     held = packed.tensors
+    if is_rows(held["words"]):
+        group = group_of(packed.weight, packed.k)
+        w = whole_rows(held["words"], held["shifts"], packed.k, group).float()
+        return w * held["scale"][:, None]
     lay = layout_of(packed.weight, packed.act, packed.n, packed.k, held["words"].device)
     codes, shift = unpack(held["words"], held["shifts"], lay)
     return torch.ldexp(codes.float() - MIDDLE, shift.int()) * held["scale"][:, None]
+
+
+def group_of(weight: Json, k: int) -> int:
+    """Weights per stored shift in table_cpu's rows."""
+    return int(weight["group"] or k) if weight["shifts"] > 1 else k
+
+
+def whole_rows(words: Tensor, shifts: Tensor, k: int, group: int) -> Tensor:
+    """W_hat [n, k] int8 over its scale, from table_cpu's rows; shifts are two to a byte."""
+    spread = torch.stack([shifts & 15, shifts >> 4], 2).flatten(1)
+    codes = unpack_rows(words, 4, k).view(torch.int8) - MIDDLE
+    return codes << spread[:, torch.arange(k) // group].view(torch.int8)
 
 
 # ---- the op --------------------------------------------------------------------------------
@@ -205,6 +245,8 @@ def cpu(
     """
     act = act_from(numbers, symmetric, per_tensor, dtype)
     n = len(scale)
+    if is_rows(words):
+        return by_rows(x, words, shifts, scale, unit, act)
     lay = flat(n, x.shape[1], unit)
     out = x.new_empty(len(x), n)
     q, x_scale = (x, None) if act is None else integers(x, act)
@@ -219,6 +261,31 @@ def cpu(
         y = sums(parts, tile)
         y *= scale[start:stop]
         out[:, start:stop] = y if x_scale is None else y.mul_(x_scale)
+    return out
+
+
+def by_rows(
+    x: Tensor, words: Tensor, shifts: Tensor, scale: Tensor, group: int, act: Json | None
+) -> Tensor:
+    """The same of table_cpu's rows: in C for bf16, which holds inputs of 8 bits exactly."""
+    k, n = x.shape[1], len(scale)
+    q, x_scale = (x, None) if act is None else integers(x, act)
+    if takes(x, 4):
+        table = Table(words, 4, SHIFT, group, -(-k // group), LEVELS, shifts, row_scale=scale)
+        told = None if x_scale is None else x_scale.flatten()
+        return by_table(q.to(x.dtype), table, n, told)
+    parts: tuple[Tensor, ...] = (q.to(x.dtype),)
+    if act is not None and x.dtype != torch.bfloat16:
+        parts = (q.to(torch.int8),) if one_byte(act) else bytes_of(q)
+    width = padded(k, 4)
+    parts = tuple(functional.pad(part, (0, width - k)) for part in parts)
+    out = x.new_empty(len(x), n)
+    step = max(1, CELLS // width)
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        tile = functional.pad(whole_rows(words[rows], shifts[rows], k, group), (0, width - k))
+        y = sums(parts, tile).mul_(scale[rows])
+        out[:, rows] = y if x_scale is None else y.mul_(x_scale)
     return out
 
 
@@ -259,7 +326,7 @@ def fake(x: Tensor, words: Tensor, shifts: Tensor, scale: Tensor, *how: object) 
 
 
 OP = ops.register(
-    "quantarena_sdr(Tensor x, Tensor words, Tensor shifts, Tensor scale, int unit, int[] numbers, "
+    "sdr(Tensor x, Tensor words, Tensor shifts, Tensor scale, int unit, int[] numbers, "
     "bool symmetric, bool per_tensor, str dtype) -> Tensor",
     cpu=cpu,
     cuda=cuda,

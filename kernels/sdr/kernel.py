@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 from kernels import tables
 from kernels.aot import Build
@@ -25,7 +26,9 @@ from kernels.split_k import finish, memory_for
 from kernels.workspace import WORKSPACES
 
 HALF, BYTES, FP8 = 0, 1, 2
+MODES = ("half", "bytes", "fp8")  # as measured rows name them
 PIECE = 1024  # inputs that one program rounds
+EXPAND_ABOVE = 192  # rows of x from which W_hat is expanded once, but for FP8
 FEW = 8  # rows of x whose planes of a whole unit fit beside the weights, twice over
 ROOM = 110_000  # bytes of shared memory for that
 
@@ -330,6 +333,35 @@ def multiply(
     finish(total * scale, y, partials, counters, M, N, SPLITS, R, MB)
 
 
+@triton.jit
+def expand(
+    words, shifts, scales, w, N, PADDED, pairs, UNIT: tl.constexpr, P: tl.constexpr,
+    R: tl.constexpr, MODE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """w [N, PADDED] in the order of the words: W_hat, or in BYTES its whole numbers. One pair."""
+    tile, b = tl.program_id(0), tl.program_id(1)
+    r, j = tl.arange(0, R), tl.arange(0, P)
+    n = tile * R + r
+    cell = r[:, None] * P + j[None, :]
+    PER: tl.constexpr = UNIT // 4 if MODE == 0 else UNIT // 2
+    row = tile.to(tl.int64) * pairs + b
+    both = tl.load(shifts + row * (R * P) + cell)
+    out = w + n[:, None].to(tl.int64) * PADDED + j[None, :]
+    for half in tl.static_range(2):
+        shift = both >> 4 if half else both & 15
+        for s in tl.static_range(PER):
+            word = tl.load(words + ((2 * row + half) * PER + s) * (R * P) + cell)
+            for field in tl.static_range(UNIT // PER):
+                if MODE == 0:
+                    value = half_weight(word, shift, field, w.dtype.element_ty, ASM)
+                    scale = tl.load(scales + n, mask=n < N, other=0)[:, None]
+                    value = (value.to(tl.float32) * scale).to(w.dtype.element_ty)
+                else:
+                    value = byte_weight(word, shift, field, MODE, ASM)
+                at = (2 * b + half) * UNIT * P + (field * PER + s) * P
+                tl.store(out + at, value, mask=n[:, None] < N)
+
+
 STORED: dict[str, tuple[Any, torch.dtype, float]] = {  # dtype of a scale, and the least above 0
     "float32": (tl.float32, torch.float32, 2.0**-126),
     "float16": (tl.float16, torch.float16, 2.0**-24),
@@ -409,13 +441,17 @@ def product(
     if not m:
         return y
     x = x.contiguous()
+    wide = act is None and x.dtype == torch.float32  # no tensor core takes its planes
+    if wide or (m > EXPAND_ABOVE and whole_products(mode, lay)):
+        return by_expanded(x, words, shifts, scale, act, lay)
     if act is None:
         high = low = WORKSPACES.take("sdr x", m * lay.padded, x.dtype, x.device)
         reorder[(m, lay.halves)](x, low, lay.k, lay.padded, UNIT=lay.unit, P=lay.plane)
         x_scales = None
     else:
         high, low, x_scales = compressed(x, act, lay, mode)
-    config = configuration(m, lay, mode, x.device)
+    two = act is not None and mode == BYTES and not one_byte(act)
+    config = configuration(m, lay, mode, x.device, two)
     mb, splits = config["mb"], config["splits"]
     m_tiles = -(-m // mb)
     partials, counters = memory_for(
@@ -440,7 +476,7 @@ def product(
         R=ROWS,
         MB=mb,
         MODE=mode,
-        TWO=act is not None and mode == BYTES and not one_byte(act),
+        TWO=two,
         SPLITS=splits,
         STAGES=config["stages"],
         INNER=mb > FEW,
@@ -450,11 +486,52 @@ def product(
     return y
 
 
-def configuration(m: int, lay: Layout, mode: int, device: torch.device) -> dict[str, int]:
+def whole_products(mode: int, lay: Layout) -> bool:
+    """True if PyTorch has the product: that of bytes wants rows of W by eight."""
+    return mode == HALF or (mode == BYTES and lay.n % 8 == 0)
+
+
+def by_expanded(
+    x: Tensor, words: Tensor, shifts: Tensor, scale: Tensor, act: Json | None, lay: Layout
+) -> Tensor:
+    """x [m, k] -> [m, n]: W_hat expanded once, and the products of PyTorch."""
+    m, mode = len(x), HALF if act is None else BYTES
+    kind = x.dtype if act is None else torch.int8
+    w = WORKSPACES.take("expanded", lay.n * lay.padded, kind, x.device).view(lay.n, lay.padded)
+    expand[(lay.tiles, lay.halves // 2)](
+        words,
+        shifts,
+        scale,
+        w,
+        lay.n,
+        lay.padded,
+        lay.halves // 2,
+        UNIT=lay.unit,
+        P=lay.plane,
+        R=ROWS,
+        MODE=mode,
+        ASM=x.is_cuda and x.dtype != torch.float32,
+        num_warps=8,
+    )
+    if act is None:
+        moved = WORKSPACES.take("sdr x", m * lay.padded, x.dtype, x.device)
+        reorder[(m, lay.halves)](x, moved, lay.k, lay.padded, UNIT=lay.unit, P=lay.plane)
+        return functional.linear(moved.view(m, lay.padded), w)
+    high, low, x_scales = compressed(x, act, lay, BYTES)
+    total = torch._int_mm(low.view(m, lay.padded), w.T).float()
+    if not one_byte(act):
+        total.add_(torch._int_mm(high.view(m, lay.padded), w.T), alpha=256)
+    return total.mul_(scale * x_scales[:, None]).to(x.dtype)
+
+
+def configuration(
+    m: int, lay: Layout, mode: int, device: torch.device, two: bool = False
+) -> dict[str, int]:
     """The measured one where there is, else tiles that keep four blocks on each multiprocessor."""
     known, room = None, ROOM
     if device.type == "cuda":
-        known = tables.configured("sdr", device, m, n=lay.n, k=lay.k, unit=lay.unit)
+        key = {"n": lay.n, "k": lay.k, "unit": lay.unit, "mode": MODES[mode], "bytes": 1 + two}
+        known = tables.configured("sdr", device, m, **key)
         own = torch.cuda.get_device_properties(device)
         room = getattr(own, "shared_memory_per_block_optin", ROOM)
     if known is not None:
@@ -517,10 +594,62 @@ def build(name: str, mode: int, two: bool, mb: int, core: str, **how: Any) -> Bu
     )
 
 
+def build_expand(mode: int) -> Build:
+    """`expand` to bf16, or to bytes."""
+    plane = tiled(ROWS, 4096, 16, 4 if mode == HALF else 2).plane
+    types = {"shifts": "*u8", "scales": "*fp32"} | dict.fromkeys(("N", "PADDED", "pairs"), "i32")
+    types |= {"words": "*i16", "w": "*bf16"} if mode == HALF else {"words": "*u8", "w": "*i8"}
+    constants = {"UNIT": 16, "P": plane, "R": ROWS, "MODE": mode, "ASM": True}
+    divisible = ("N", "PADDED")
+    name = f"expand-{MODES[mode]}"
+    return Build(name, expand, types, constants, 8, divisible=divisible, targets=(90,))
+
+
+def build_compress(name: str, bits: int, mode: int) -> Build:
+    """`compress` of 16 bits per tensor in groups of 16, as QRazor has them."""
+    types = {"x": "*bf16", "peaks": "*fp32", "high": "*i8", "low": "*i8", "scales": "*fp32"}
+    types |= {"low": "*fp8e4nv"} if mode == FP8 else {}
+    types |= dict.fromkeys(("M", "K", "PADDED", "GROUP", "unit", "plane"), "i32")
+    constants: dict[str, object] = {
+        "BITS": bits,
+        "LOWEST": -(2.0 ** (bits - 1)),
+        "PEAK": 2**15 - 1,
+        "PER_TENSOR": True,
+        "LEAST": STORED["float32"][2],
+        "MOST": torch.finfo(torch.float32).max,
+        "T": tl.float32,
+        "GROUPS": PIECE // 16,
+        "WIDTH": 16,
+        "MODE": mode,
+        "TWO": mode == BYTES,
+    }
+    divisible = ("K", "PADDED", "GROUP", "unit", "plane")
+    return Build(f"compress-{name}", compress, types, constants, divisible=divisible, targets=(90,))
+
+
 BUILDS = (
     build("a16-m8", HALF, False, 8, "HMMA|HGMMA|UTCHMMA", budget=3.2),
     build("a8-m8", BYTES, True, 8, "IMMA|IGMMA|UTCIMMA", budget=3.2),
     build("a16-m64", HALF, False, 64, "HMMA|HGMMA|UTCHMMA"),
     build("a8-m32", BYTES, True, 32, "IMMA|IGMMA|UTCIMMA"),
+    build_expand(HALF),
+    build_expand(BYTES),
+    build_compress("a8", 8, BYTES),
+    build_compress("a4-fp8", 4, FP8),
+    Build(
+        "row_peaks",
+        row_peaks,
+        {"x": "*bf16", "peaks": "*fp32", "K": "i32"},
+        {"BLOCK": 4096},
+        targets=(90,),
+    ),
+    Build(
+        "reorder",
+        reorder,
+        {"x": "*bf16", "out": "*bf16", "K": "i32", "PADDED": "i32"},
+        {"UNIT": 16, "P": 64},
+        divisible=("K", "PADDED"),
+        targets=(90,),
+    ),
     build("a4-m64", FP8, False, 64, "QMMA|QGMMA|UTCQMMA", targets=(90, 100)),
 )

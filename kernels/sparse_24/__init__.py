@@ -1,7 +1,6 @@
 """Pruned weights: kept numbers or codes, and where they were (2:4 places, or a mask).
 
-It saves memory. Time it saves only on GPUs for 2:4 numbers and a thousand rows of x or more, on
-sparse tensor cores; for few rows putting weights in place costs what reading fewer saves.
+It saves memory, not time: putting weights in place costs what reading fewer saves.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from kernels.integers import DTYPES, int_format, random_weight
 from kernels.sparse_24 import expand
 from kernels.sparse_24.layout import is_placed, pack_kept, pack_where
 
-TILE = 128  # rows of W made dense at once on a CPU; a GPU takes all
+TILE = 128  # rows of W made dense at once on a CPU
+CELLS = 2**24  # weights on a GPU: ten bytes each, places looked up included
 
 
 def on_gpu(
@@ -108,7 +108,7 @@ class Sparse24:
         n, k = codes.shape
         keep, bits = params["keep"], bits_of(weight)
         placed = is_placed(keep, weight["bucket"])
-        rows = TILE if codes.device.type == "cpu" else n
+        rows = TILE if codes.device.type == "cpu" else 8 * max(1, CELLS // (8 * k))
         values = codes if weight["kind"] == "int" else codes.to(DTYPES[weight["kind"]])
         stream, starts = pack_kept(values, keep, bits, rows)
         held = {"stream": stream, "where": pack_where(keep, placed)}

@@ -1,7 +1,9 @@
 """Triton: x [M, K] in 16 bits times 2:4 weights, for few rows of x; layout in layout.py.
 
 Both kept numbers of a bucket are read and put at their places in registers. That costs more
-instructions than reading zeros would take time: what is saved is memory.
+instructions than reading zeros would take time: what is saved is memory. PyTorch's product on
+sparse tensor cores wants an order of its own, which would have to be kept beside this one or made
+in every call.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional
 
 from kernels.aot import Build
 from kernels.sparse_24 import expand
@@ -19,7 +20,6 @@ from kernels.split_k import finish, memory_for, splits_for
 ROWS = 64  # of W in a tile
 CHANNELS = 64  # of K at once
 COLUMNS = (8, 16, 32, 64)  # rows of x at once
-STRUCTURED_FROM = 1024  # rows of x from which sparse tensor cores are worth compressing W for
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -79,22 +79,9 @@ def multiply(
     placed: bool,
 ) -> Tensor:
     """x [m, k] -> [m, n] in x's dtype, by the path that suits m and the weights."""
-    if placed and scale is None and x.dtype in HALVES:
-        if len(x) <= COLUMNS[-1]:
-            return multiply_packed(x, stream, where)
-        if len(x) >= STRUCTURED_FROM and structured_fits(x, where):
-            span, part = (starts[0], starts[-1]), slice(0, len(where))
-            own = (scale, zero, part, span, bits, group, placed)
-            w = expand.dense(stream, where, *own, x.shape[1], x.dtype)
-            sparse = torch.sparse.to_sparse_semi_structured(w)
-            return functional.linear(x, sparse)
+    if placed and scale is None and x.dtype in HALVES and len(x) <= COLUMNS[-1]:
+        return multiply_packed(x, stream, where)
     return expand.multiply(x, stream, where, scale, zero, starts, rows, bits, group, placed)
-
-
-def structured_fits(x: Tensor, where: Tensor) -> bool:
-    """True where PyTorch's sparse product takes these shapes on this device."""
-    whole = len(x) % 16 == 0 and len(where) % 32 == 0 and x.shape[1] % 64 == 0
-    return whole and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def multiply_packed(x: Tensor, values: Tensor, where: Tensor, splits: int = 0) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from kernels import ops
 from kernels.base import Case, Json, Packed
+from kernels.spqr import rows as by_row
 from kernels.spqr.layout import (
     ROWS,
     UNIT,
@@ -25,6 +26,7 @@ from kernels.spqr.layout import (
     pack,
     row_of,
 )
+from kernels.table_cpu import is_rows, ready
 from kernels.workspace import WORKSPACES
 
 TILES = 8  # tiles of rows expanded at once on the CPU
@@ -89,6 +91,8 @@ class SpQRKernel:
     ) -> Packed:
         """words, stats and ends as in layout.py, order and unit; ptr, column and delta."""
         n, k = codes.shape
+        if ready(weight["bits"], codes.device) and by_row.fits(weight, n, k):
+            return Packed(by_row.pack(codes, params, weight), n, k, weight, act)
         order = column_order(params.get("column_group"), k).to(codes.device)
         tensors = pack(codes, params, weight, order)
         tensors |= {"order": order, "unit": params["unit"].float().flatten()}
@@ -163,6 +167,9 @@ def example_outliers(n: int, k: int, generator: torch.Generator) -> dict[str, Te
 def dense(packed: Packed) -> Tensor:
     """W_hat [n, k] fp32 from the packed tensors."""
     held, n, k = packed.tensors, packed.n, packed.k
+    if is_rows(held["words"]):
+        w = by_row.dense(held, packed.weight, slice(0, n), k)
+        return by_row.placed(w, held, k) * held["unit"]
     w = expanded(held, 0, held["words"].shape[0], packed.weight, k)[:n]
     out = w.new_zeros(n, k + 1)
     out[:, held["order"].long()] = w
@@ -187,12 +194,10 @@ def form_from(numbers: list[int]) -> dict[str, Any]:
 
 
 def cuda(x: Tensor, *rest: Any) -> Tensor:
-    """By Triton; in 32 bits, which has no such product, expanded."""
+    """By Triton, or W_hat expanded by it: for many rows, and in 32 bits, which has no product."""
     from kernels.spqr.kernel import product
 
     *tensors, n, numbers = rest
-    if x.dtype == torch.float32:
-        return cpu(x, *rest)
     return product(x, held_from(*tensors), n, form_from(numbers))
 
 
@@ -201,6 +206,8 @@ def cpu(x: Tensor, *rest: Any) -> Tensor:
     *tensors, n, numbers = rest
     held, form = held_from(*tensors), form_from(numbers)
     m, k = x.shape
+    if is_rows(held["words"]):
+        return by_row.multiply(x, held, form, n)
     moved = functional.pad(x, (0, 1))[:, held["order"].long()]
     y = torch.empty(m, n, device=x.device)
     tiles = held["words"].shape[0]
@@ -222,7 +229,7 @@ def fake(x: Tensor, *rest: Any) -> Tensor:
 
 
 OP = ops.register(
-    "quantarena_spqr(Tensor x, Tensor words, Tensor stats, Tensor ends, Tensor order, Tensor unit, "
+    "spqr(Tensor x, Tensor words, Tensor stats, Tensor ends, Tensor order, Tensor unit, "
     "Tensor? ptr, Tensor? column, Tensor? delta, int n, int[] numbers) -> Tensor",
     cpu=cpu,
     cuda=cuda,

@@ -314,7 +314,7 @@ def product(
     y = x.new_empty(m, n)
     if m == 0:
         return y
-    if config is None and x.is_cuda:
+    if config is None:
         config = tables.configured(name, x.device, m, n=n, k=k)
     config = config or heuristic(m, n, width, x.device, weight.outliers is not None)
     x = x.contiguous()

@@ -20,14 +20,15 @@ from torch import Tensor
 
 from kernels.aot import TARGETS, Build
 from kernels.tables import configured
-from kernels.w_a16.layout import FIELDS, ROWS, WORDS
+from kernels.w_a16.layout import FIELDS, LONGEST, ROWS, WORDS
 from kernels.workspace import WORKSPACES
 
 NAME = "w_a16"
-BLOCKS_EACH = 4  # blocks of threads that should be in flight on a multiprocessor
+BLOCKS_EACH = 4  # blocks of threads that should be in flight on a multiprocessor, if they fit
 STAGES = 3  # buffers of the pipeline, one of them in registers
 SPLITS = (1, 2, 4, 8, 16)  # of the input channels: few, for each is a compilation
 COLUMNS = (8, 16, 32, 64)  # rows of x in a tile
+EXPAND_WARPS = 8  # with 4 some planes of 128 spill registers
 MOST_COLUMNS = {
     2: 32,
     3: 16,
@@ -354,6 +355,7 @@ def expand(
         scales.shape[1],
         blocks,
         ASM=out.is_cuda and out.dtype != torch.float32,
+        num_warps=EXPAND_WARPS,
         **layout_constants(bits, words.shape[-1], group),
     )
     return out
@@ -388,7 +390,7 @@ def plan(
     columns = next((c for c in fit if m <= c), max(fit, default=COLUMNS[0]))
     tiles = -(-n // ROWS) * -(-m // columns)
     blocks = -(-k // (FIELDS[bits] * plane))
-    wanted = min(BLOCKS_EACH * gpu.multiprocessors // tiles, blocks)
+    wanted = min(gpu.resident(shared_bytes(bits, plane, columns)) // tiles, blocks)
     splits = max(s for s in SPLITS if s <= max(wanted, 1))
     return {"columns": columns, "splits": splits, "warps": 4, "stages": STAGES}
 
@@ -412,6 +414,14 @@ class Gpu:
         """Most rows of x in a tile."""
         return MOST_COLUMNS[bits] if self.major >= 9 else max(COLUMNS[0], MOST_COLUMNS[bits] // 2)
 
+    def resident(self, shared: int) -> int:
+        """Blocks on the GPU at once that take so many bytes of shared memory each, and 1 KB more.
+
+        Tiles of 64 rows of x, and of 32 by 2 bits, take 229 KB: one on a multiprocessor.
+        """
+        fit = (self.shared + 1024) // (shared + 1024)
+        return self.multiprocessors * max(1, min(BLOCKS_EACH, fit))
+
 
 @lru_cache(maxsize=16)
 def gpu_of(device: torch.device) -> Gpu:
@@ -434,9 +444,10 @@ def build(
     columns: int = 8,
     budget: float = 0.0,
     targets: tuple[int, ...] = TARGETS,
+    spills: int = 0,
 ) -> Build:
     """`product_tiles` for a layer of 4096 input channels in groups of 128, x "fp16" or "bf16"."""
-    plane = 64 if bits == 3 else 128
+    plane = LONGEST[bits]
     pointers = {
         "x": element,
         "words": "i16",
@@ -454,6 +465,7 @@ def build(
         divisible=("N", "K", "padded"),
         per_pass=ROWS * plane * FIELDS[bits],
         budget=budget,
+        spills=spills,
         targets=targets,
         tensor_core="HMMA|HGMMA|UTCHMMA",
     )
@@ -466,8 +478,10 @@ def expand_build(bits: int, element: str) -> Build:
         name=f"expand-w{bits}-{element}",
         kernel=expand_blocks,
         types=types(pointers, ("N", "K", "padded", "blocks")),
-        constants={**layout_constants(bits, 128, 128), "ASM": True},
+        constants={**layout_constants(bits, LONGEST[bits], 128), "ASM": True},
+        warps=EXPAND_WARPS,
         divisible=("N", "K", "padded"),
+        targets=TARGETS if bits == 2 else (90,),  # the longest; no two differ by a tenth
     )
 
 
@@ -480,8 +494,9 @@ BUILDS = (
     build(2, "bf16", budget=1.9),
     build(8, "bf16", budget=3.6),
     build(4, "bf16", columns=32),
-    build(4, "bf16", columns=64, targets=(90, 100)),
+    build(4, "fp16", columns=64, targets=(90, 100)),
     build(3, "bf16", columns=16, targets=(90, 100)),
     build(2, "bf16", columns=32, targets=(90, 100)),
-    expand_build(4, "bf16"),
+    build(8, "bf16", columns=64, targets=(90, 100), spills=3),  # of 1352 instructions
+    *(expand_build(bits, "bf16") for bits in FIELDS),
 )

@@ -24,6 +24,9 @@ from kernels.bcq.layout import (
     unpack_planes,
 )
 
+# Tiles as on a GPU; test_table_cpu.py has the rows that C multiplies by.
+pytestmark = pytest.mark.usefixtures("without_c")
+
 CASES = [pytest.param(c, id=f"{c.weight['bits']}b-{c.m}x{c.n}x{c.k}") for c in KERNEL.cases]
 
 

@@ -22,6 +22,9 @@ from kernels.codebook.levels import (
     scaled_table,
 )
 
+# Tiles as on a GPU; test_table_cpu.py has the rows that C multiplies by.
+pytestmark = pytest.mark.usefixtures("without_c")
+
 HALVES = [torch.float16, torch.bfloat16]
 CASES = [pytest.param(c, id=f"{c.weight['table']}-{c.m}x{c.n}x{c.k}") for c in KERNEL.cases]
 

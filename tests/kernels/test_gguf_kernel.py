@@ -12,9 +12,14 @@ from backend.formats import gguf as formats
 from backend.formats.base import QTensor
 from backend.formats.gguf_bytes import bits_per_weight
 from backend.model.quant_linear import QuantLinear
+from kernels import gguf
 from kernels.base import kernels
 from kernels.gguf import KERNEL, NAMES, OP, expanded, gguf_format
 from kernels.gguf.layout import TABLE, TYPES, ordered, pack_planes, unpack_planes
+from kernels.workspace import Workspaces
+
+# Tiles as on a GPU; test_table_cpu.py has the rows that C multiplies by.
+pytestmark = pytest.mark.usefixtures("without_c")
 
 CPU = torch.device("cpu")
 CASES = [pytest.param(case, id=case.weight["type"]) for case in KERNEL.cases]
@@ -145,3 +150,16 @@ def test_a_packed_linear_gives_the_simulated_numbers(name, dtype, make_weight):
     # The same W_hat to the last bit; sums in another order.
     limit = 1e-5 if dtype == torch.float32 else 8e-3
     assert (layer(x).float() - simulated).abs().max() <= limit * simulated.abs().max()
+
+
+@pytest.mark.parametrize("name", ["Q6_K", "IQ4_XS"])
+def test_tiles_of_rows_give_the_same_numbers_in_less_memory(monkeypatch, name):
+    case = next(c for c in KERNEL.cases if c.weight["type"] == name)
+    codes, params, _ = weights(case)
+    packed, x = KERNEL.pack(codes, params, case.weight, None), inputs(case)
+    whole = KERNEL.matmul(x, packed)
+    monkeypatch.setattr(gguf, "CELLS", {"cpu": 3 * case.k})
+    monkeypatch.setattr(gguf, "WORKSPACES", held := Workspaces())
+    # another blocking of the same sums: rounding of fp32 alone
+    assert (KERNEL.matmul(x, packed) - whole).abs().max() < 1e-5 * whole.abs().max()
+    assert max(b.numel() for grown in held.held.values() for b in grown) == 3 * case.k

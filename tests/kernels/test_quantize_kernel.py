@@ -168,7 +168,7 @@ def test_peak_rows_leave_columns_out():
 def test_packing_is_the_dense_stream(bits, values):
     codes = torch.tensor([v & (2**bits - 1) for v in values], dtype=torch.uint8)
     assert torch.equal(kernel.packed(codes, bits), pack_bits(codes, bits))
-    assert torch.equal(quantize.pack(codes, bits), pack_bits(codes, bits))
+    assert torch.equal(quantize.pack_codes(codes, bits), pack_bits(codes, bits))
 
 
 def test_packing_more_than_one_block():
@@ -185,7 +185,7 @@ def test_ops_are_traceable_and_their_fakes_right():
         (quantize.e4m3_rows, (x, 64, "float32", False)),
         (quantize.norm_int8_rows, (x, x[0].contiguous(), 1e-5, *told)),
         (quantize.silu_int8_rows, (gate, x, *told)),
-        (quantize.pack, (codes, 3)),
+        (quantize.pack_codes, (codes, 3)),
     ):
         torch.library.opcheck(op, arguments)
     whole = torch.compile(lambda x: quantize.int8_rows(x, *told, False)[0], backend="aot_eager")

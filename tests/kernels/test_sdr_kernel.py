@@ -14,6 +14,9 @@ from kernels.sdr import KERNEL, OP, act_of, dense
 from kernels.sdr.activations import bytes_of, fits_fp8, integers, sdr_format
 from kernels.sdr.layout import MIDDLE, flat, ordered, pack, tiled, unit_of, unpack
 
+# Tiles as on a GPU; test_table_cpu.py has the rows that C multiplies by.
+pytestmark = pytest.mark.usefixtures("without_c")
+
 CPU = torch.device("cpu")
 SMALL = [case for case in KERNEL.cases if case.n <= 128]
 
@@ -93,6 +96,22 @@ def test_triton_agrees_with_the_definition(case):
         limit = 1e-3 if case.act is None else 1e-6  # fp16 results; fp32 ones of exact products
         assert (y.double() - exact).abs().max() <= limit * exact.abs().max()
         assert torch.equal(product(x, *tensors, case.act, lay, mode), y)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=named)
+def test_expanded_weights_give_the_definition(case):
+    from kernels.sdr.kernel import by_expanded
+
+    codes, params, w = weights(case, seed=1)
+    tensors, lay = on_gpu(codes, params, case)
+    x = random(case.m, case.k, seed=2)
+    exact = rounded(x, case.act) @ w.T
+    y = by_expanded(x, *tensors, case.act, lay)
+    assert (y.double() - exact).abs().max() <= 1e-6 * exact.abs().max()
+    if case.act is None:  # W_hat and the result are rounded to fp16
+        y = by_expanded(x.half(), *tensors, None, lay)
+        exact = x.half().double() @ w.double().T
+        assert (y.double() - exact).abs().max() <= 2e-3 * exact.abs().max()
 
 
 def test_bytes_give_the_exact_whole_numbers():

@@ -174,6 +174,8 @@ def test_plans_fill_the_gpu_and_fit_its_memory():
     assert plan(1, 4096)["splits"] == 8  # 64 tiles on 132 multiprocessors
     assert plan(1, 28672)["splits"] == 1
     assert plan(64, 4096)["columns"] == 64
+    assert plan(64, 4096)["splits"] == 2  # 229 KB of shared memory: one block at once on each
+    assert plan(1, 4096, bits=3)["splits"] == 4  # 80 KB: two
     assert plan(192, 4096)["columns"] == 64
     assert plan(64, 4096, bits=3)["columns"] == 16
     for build in kernel.BUILDS:

@@ -1,0 +1,463 @@
+/* y = x W^T on the CPU: x bf16, every weight looked up in a table of bf16 numbers by its code.
+
+   32 input channels of a row of W fill a register of bf16; one byte permute of words (vpermw)
+   looks them up, by the low five bits of words whose other bits are the codes of later channels:
+   a code costs a shift and a permute, no mask. Tables are made for a row and a group of channels
+   from what the format stores, in fp32, and rounded once. Few rows of x are multiplied at once;
+   for more, 64 rows of W by 128 channels are expanded into the first-level cache, with pairs of
+   channels turned into product.h's order. Compiled by kernels/native.py, once for each
+   FORM of codes that is met; see table_cpu.py. */
+#include "product.h"
+
+enum { FP32, FP16, BF16 };                                 /* types of parameters */
+enum { PLAIN, DOUBLE, SHIFT, BILEVEL, SUMS, BLOCKS, NONE }; /* what makes tables: table_cpu.py */
+enum { WHOLE8 = 8, E4M3 = 9 };                             /* forms of codes that no table takes */
+
+#define STEP 128 /* channels expanded at once for many rows of x */
+#define SPAN 1024 /* channels whose tables are made at once for few rows of x: 2 KB */
+#define AHEAD 2  /* blocks of a row fetched before they are needed */
+#define FEW 8    /* rows of x multiplied without expanding W in memory */
+
+typedef struct {
+  const uint8_t *words;          /* [n][padded channels] codes, in blocks as layout says */
+  const void *scale, *more, *low; /* parameters of a kind */
+  const void *fourth;
+  const float *levels;           /* [32] */
+  const float *row_scale;        /* [n], or [1] if row_step is 0; may be null */
+  const float *token_scale;      /* [m], may be null */
+  const int32_t *order;          /* [padded] which channel of x is meant, k: none; may be null */
+  const int32_t *ptr;            /* [n + 1] outliers of a row: places and what is added; may be null */
+  const uint16_t *place;
+  const uint16_t *delta; /* fp16 */
+  long n, k, padded, row_bytes, group, groups, row_step, kind, type, more_type, extra, bits;
+} Weights;
+
+/* ---- parameters: scale and offset of groups, or tables of sums -------------------------------- */
+
+INLINE float half(uint16_t bits) { return _cvtsh_ss(bits); }
+
+INLINE float number(const void *from, long at, long type) {
+  if (type == FP32) return ((const float *)from)[at];
+  const uint16_t bits = ((const uint16_t *)from)[at];
+  if (type == FP16) return half(bits);
+  const uint32_t wide = (uint32_t)bits << 16;
+  float found;
+  memcpy(&found, &wide, 4);
+  return found;
+}
+
+/* scale and less of a group of a row; w = level scale + less */
+INLINE void decode(const Weights *w, const int kind, long row, long group, float *scale, float *less) {
+  const long at = row * w->groups + group;
+  *less = 0;
+  switch (kind) {
+    case PLAIN:
+      *scale = number(w->scale, at, w->type);
+      if (w->more) *less = number(w->more, at, w->more_type);
+      break;
+    case DOUBLE: { /* scales of 8 bits: low[code] second + offset; 256 of them share a second */
+      const float *second = w->more, *level = w->low;
+      const long block = at / 256 < w->extra ? at / 256 : w->extra - 1;
+      const float s = level[((const uint8_t *)w->scale)[at]] * second[block] + *(const float *)w->fourth;
+      *scale = s > 0 ? s : 0;
+      break;
+    }
+    case SHIFT: /* powers of two, two to a byte */
+      *scale = (float)(1 << (((const uint8_t *)w->scale)[row * ((w->groups + 1) / 2) + group / 2] >> 4 * (group & 1) & 15));
+      break;
+    case BILEVEL: { /* two codes of 4 bits in a byte; ends [rows in sets of 2^extra][groups][4] */
+      const uint8_t code = ((const uint8_t *)w->scale)[at];
+      const long end = ((row >> w->extra) * w->groups + group) * 4;
+      const __m128 ends = w->more_type == FP16
+        ? _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)((const uint16_t *)w->more + end)))
+        : _mm_loadu_ps((const float *)w->more + end);
+      /* low + code step, of the scale in place 0 and of the zero point in place 2 */
+      const __m128 codes = _mm_cvtepi32_ps(_mm_set_epi32(0, code >> 4, 0, code & 15));
+      const __m128 both = _mm_fmadd_ps(codes, _mm_movehdup_ps(ends), ends);
+      const float zero = _mm_cvtss_f32(_mm_movehl_ps(both, both));
+      *scale = _mm_cvtss_f32(both);
+      *less = -*scale * zero;
+      break;
+    }
+    case BLOCKS: { /* GGUF: 2^extra sub-blocks share d and its offset; their own are small integers */
+      const float d = half(((const uint16_t *)w->scale)[at >> w->extra]);
+      const uint8_t *own = w->low, *zero = w->fourth;
+      *scale = d * (float)(w->type == 1 ? (int)(int8_t)own[at] : (int)own[at] - (int)w->type);
+      if (zero) *less = -half(((const uint16_t *)w->more)[at >> w->extra]) * (float)zero[at];
+      break;
+    }
+  }
+}
+
+/* the 16 levels of one group of a row that are sums of +- its scales */
+INLINE __m512 sums_of(const Weights *w, long row, long group) {
+  const long at = row * w->groups + group;
+  __m512 t = _mm512_set1_ps(w->more ? number(w->more, at, w->more_type) : 0);
+  for (long b = 0; b < w->bits; b++) {
+    const __m512 alpha = _mm512_set1_ps(number(w->scale, at * w->bits + b, w->type));
+    static const __mmask16 one[4] = {0xaaaa, 0xcccc, 0xf0f0, 0xff00}; /* codes with bit b */
+    t = _mm512_add_ps(t, _mm512_mask_sub_ps(alpha, (__mmask16)~one[b], _mm512_setzero_ps(), alpha));
+  }
+  return t;
+}
+
+INLINE __m512i joined(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
+typedef struct {
+  long first, last, left; /* groups that chunks touch, and channels left of the first */
+} Groups;
+
+INLINE Groups groups_at(const Weights *w, long start, long chunks) {
+  const long last = w->groups - 1, first = start / w->group;
+  const long stop = (start + 32 * chunks - 1) / w->group;
+  const Groups range = {first < last ? first : last, stop < last ? stop : last,
+                        w->group - start % w->group};
+  return range;
+}
+
+/* levels of a group, 16 of them from `at` on */
+INLINE __m512 levels_of(const Weights *w, const int kind, long row, long group, long at) {
+  if (kind == SUMS) return sums_of(w, row, group);
+  float scale, less;
+  decode(w, kind, row, group, &scale, &less);
+  return _mm512_fmadd_ps(_mm512_loadu_ps(w->levels + at), _mm512_set1_ps(scale), _mm512_set1_ps(less));
+}
+
+INLINE void tables_of(const Weights *w, const int kind, long row, Groups range, long chunks, __m512i *out) {
+  const long group = w->group;
+  long g = range.first, left = range.left;
+#define NEXT(size) left -= size; if (!left) { left = group; g += g < range.last; }
+  if (FORM == WHOLE8 || FORM == 6 || FORM == E4M3) {
+    for (long c = 0; c < chunks; c++) {
+      float a, b, less;
+      decode(w, kind, row, g, &a, &less);
+      NEXT(16)
+      decode(w, kind, row, g, &b, &less);
+      NEXT(16)
+      out[c] = (__m512i)_mm512_insertf32x8(_mm512_set1_ps(a), _mm256_set1_ps(b), 1);
+    }
+  } else if (group % 32 == 0) {
+    for (long c = 0; c < chunks; left = group, g += g < range.last) {
+      const __m512 t = levels_of(w, kind, row, g, 0);
+      const __m512i both = joined(t, FORM == 5 ? levels_of(w, kind, row, g, 16) : t);
+      for (; left && c < chunks; left -= 32, c++) out[c] = both;
+    }
+  } else {
+    for (long c = 0; c < chunks; c++) {
+      const __m512 t = levels_of(w, kind, row, g, 0);
+      NEXT(16)
+      out[c] = joined(t, levels_of(w, kind, row, g, 0));
+      NEXT(16)
+    }
+  }
+}
+
+/* What chunks of 32 channels of a row need: tables for channels 0-15 and 16-31 of each, or, of
+   forms without a table, scales of its pairs of channels. Groups are multiples of 16. */
+static __attribute__((noinline)) void tables(const Weights *w, long row, Groups range, long chunks,
+                                             __m512i *out) {
+  switch (w->kind) {
+    case PLAIN: tables_of(w, PLAIN, row, range, chunks, out); break;
+    case DOUBLE: tables_of(w, DOUBLE, row, range, chunks, out); break;
+    case SHIFT: tables_of(w, SHIFT, row, range, chunks, out); break;
+    case BILEVEL: tables_of(w, BILEVEL, row, range, chunks, out); break;
+    case SUMS: tables_of(w, SUMS, row, range, chunks, out); break;
+    case BLOCKS: tables_of(w, BLOCKS, row, range, chunks, out); break;
+  }
+}
+
+/* ---- codes to weights ------------------------------------------------------------------------ */
+
+INLINE __m512i from(const uint8_t *at) { return _mm512_loadu_si512(at); }
+
+INLINE __m512i chosen(const int mask, __m512i a, __m512i b) { /* a where mask has ones, else b */
+  return _mm512_ternarylogic_epi32(_mm512_set1_epi16((short)mask), a, b, 0xca);
+}
+
+/* 32 whole numbers in bf16 times scales of pairs of them; the order stays */
+INLINE __m512i scaled(__m512i v, __m512 scale) {
+  const __m512 even = _mm512_mul_ps((__m512)_mm512_slli_epi32(v, 16), scale);
+  const __m512 odd = _mm512_mul_ps((__m512)_mm512_and_si512(v, _mm512_set1_epi32((int)0xffff0000)), scale);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, joined(even, odd));
+}
+
+INLINE __m512i whole(__m512i signed16) { /* 32 whole numbers to 256 in bf16, exact */
+  const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(signed16)));
+  const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(signed16, 1)));
+  return joined(low, high);
+}
+
+/* 32 e4m3 numbers in bf16: 4 exponent bits move, the bias becomes 127; subnormals by a table */
+INLINE __m512i from_e4m3(__m512i c) {
+  const __m512i small = _mm512_castsi128_si512(_mm_set_epi16(
+      0x3c60, 0x3c40, 0x3c20, 0x3c00, 0x3bc0, 0x3b80, 0x3b00, 0)); /* 0 to 7 times 2^-9 */
+  const __m512i size = _mm512_and_si512(c, _mm512_set1_epi16(0x7f));
+  __m512i v = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_set1_epi16(120 << 7));
+  v = _mm512_mask_permutexvar_epi16(v, _mm512_testn_epi16_mask(c, _mm512_set1_epi16(0x78)), c, small);
+  return chosen(0x7fff, v, _mm512_slli_epi16(c, 8));
+}
+
+/* Chunk j (a literal) of the block at `at`: 32 bf16 weights. aux: its tables or scales.
+   The second plane of 3, 5 and 6 bits is turned so that its bits come to their places. */
+INLINE __m512i chunk(const int form, const uint8_t *at, const int j, __m512i aux) {
+  const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+#define SHIFTED(offset, bits, f) _mm512_srli_epi16(from(at + (offset)), (bits) * (f))
+#define TURNED(offset, by) _mm512_shrdi_epi16(from(at + (offset)), from(at + (offset)), ((by) + 16) % 16)
+  switch (form) {
+    case 1: return _mm512_permutexvar_epi16(chosen(15, SHIFTED(0, 1, j), half), aux);
+    case 2: return _mm512_permutexvar_epi16(chosen(15, SHIFTED(0, 2, j), half), aux);
+    case 3: return _mm512_permutexvar_epi16(
+          chosen(15, chosen(3, SHIFTED(64 * (j / 8), 2, j % 8), TURNED(128, j - 2)), half), aux);
+    case 4: return _mm512_permutexvar_epi16(chosen(15, SHIFTED(0, 4, j), half), aux);
+    case 5: return _mm512_permutexvar_epi16(
+          chosen(15, SHIFTED(64 * (j / 4), 4, j % 4), TURNED(256, j - 4)), aux);
+    case 6: {
+      const __m512i code = chosen(15, SHIFTED(64 * (j / 4), 4, j % 4), TURNED(128, 2 * j - 4));
+      const __m512i c = _mm512_and_si512(code, _mm512_set1_epi16(63));
+      return scaled(whole(_mm512_sub_epi16(c, _mm512_set1_epi16(32))), (__m512)aux);
+    }
+    case WHOLE8: {
+      const __m512i c = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(at + 32 * j)));
+      return scaled(whole(_mm512_sub_epi16(c, _mm512_set1_epi16(128))), (__m512)aux);
+    }
+    default: return from_e4m3(_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(at + 32 * j))));
+  }
+}
+
+/* chunks and bytes of a block; every form has its own */
+INLINE int chunks_of(const int form) {
+  return form == 1 || form == 3 || form == 5 ? 16 : form == 2 || form == 6 ? 8 : 4;
+}
+INLINE int bytes_of(const int form) {
+  return form == 1 ? 64 : form == 2 ? 64 : form == 3 ? 192 : form == 4 ? 64 : form == 5 ? 320 : form == 6 ? 192 : 128;
+}
+
+/* ---- few rows of x --------------------------------------------------------------------------- */
+
+#define FOUR(DO, j) DO(j) DO((j) + 1) DO((j) + 2) DO((j) + 3)
+
+/* y [count] of one row of W; x [count][padded] */
+INLINE void one_row(const Weights *w, const int form, const int scaling, const int count, long row,
+                    const uint16_t *x, float *y) {
+  enum { MORE = 16 };
+  const int apart = count > 4 ? MORE / count : 4; /* sums of a row of x, so that one need not wait for another */
+  const int per = chunks_of(form);
+  __m512 sum[MORE];
+  __m512i aux[SPAN / 32];
+#pragma GCC unroll 16
+  for (int i = 0; i < MORE; i++) sum[i] = _mm512_setzero_ps();
+  const uint8_t *at = w->words + row * w->row_bytes;
+  for (long start = 0; start < w->padded; start += SPAN) {
+    const long chunks = (w->padded - start < SPAN ? w->padded - start : SPAN) / 32;
+    tables(w, row, groups_at(w, start, chunks), chunks, aux);
+    for (long c = 0; c < chunks; c += per, at += bytes_of(form)) {
+      const uint16_t *here = x + start + 32 * c;
+#define ADD(j)                                                                                 \
+  {                                                                                            \
+    __m512i v = chunk(form, at, (j), aux[c + (j)]);                                            \
+    if (scaling) v = scaled(v, (__m512)aux[c + (j)]);                                          \
+    _Pragma("GCC unroll 8") for (int i = 0; i < count; i++) {                                  \
+      const __m512bh own = (__m512bh)_mm512_loadu_si512(here + i * w->padded + 32 * (j));      \
+      sum[i * apart + (j) % apart] = _mm512_dpbf16_ps(sum[i * apart + (j) % apart], (__m512bh)v, own); \
+    }                                                                                          \
+  }
+      FOUR(ADD, 0)
+      if (per > 4) { FOUR(ADD, 4) }
+      if (per > 8) { FOUR(ADD, 8) FOUR(ADD, 12) }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < count; i++) {
+    __m512 all = sum[i * apart];
+#pragma GCC unroll 4
+    for (int j = 1; j < apart; j++) all = _mm512_add_ps(all, sum[i * apart + j]);
+    y[i] = _mm512_reduce_add_ps(all);
+  }
+}
+
+INLINE float wide(uint16_t bits) {
+  const uint32_t b = (uint32_t)bits << 16;
+  float v;
+  memcpy(&v, &b, 4);
+  return v;
+}
+
+INLINE uint16_t narrow(float v) {
+  return (uint16_t)_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(v)), 0);
+}
+
+INLINE void few_rows(const Weights *w, const int form, const int scaling, const int count,
+                     const uint16_t *x, long m0, uint16_t *y) {
+#pragma omp for schedule(static)
+  for (long row = 0; row < w->n; row++) {
+    float sum[FEW];
+    one_row(w, form, scaling, count, row, x, sum);
+    if (w->ptr)
+      for (int32_t p = w->ptr[row]; p < w->ptr[row + 1]; p++)
+        for (int i = 0; i < count; i++) sum[i] += half(w->delta[p]) * wide(x[i * w->padded + w->place[p]]);
+    const float scale = w->row_scale ? w->row_scale[row * w->row_step] : 1;
+    for (int i = 0; i < count; i++)
+      y[i * w->n + row] = narrow(sum[i] * scale * (w->token_scale ? w->token_scale[m0 + i] : 1));
+  }
+}
+
+INLINE void few(const Weights *w, const int form, const int scaling, long m, const uint16_t *x,
+                uint16_t *y) {
+  long i = 0;
+  for (; i + 8 <= m; i += 8) few_rows(w, form, scaling, 8, x + i * w->padded, i, y + i * w->n);
+  if (i + 4 <= m) { few_rows(w, form, scaling, 4, x + i * w->padded, i, y + i * w->n); i += 4; }
+  if (i + 2 <= m) { few_rows(w, form, scaling, 2, x + i * w->padded, i, y + i * w->n); i += 2; }
+  if (i < m) few_rows(w, form, scaling, 1, x + i * w->padded, i, y + i * w->n);
+}
+
+/* ---- many rows of x -------------------------------------------------------------------------- */
+
+/* v [16 rows][16 pairs] -> to [16 pairs][4][16 rows], of which this is one of the four */
+INLINE void turned(const __m512i *v, __m512i *to) {
+  __m512i t[16], u[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    u[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    u[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    u[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    u[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    const __m512i a = _mm512_shuffle_i32x4(u[j], u[4 + j], 0x88), b = _mm512_shuffle_i32x4(u[8 + j], u[12 + j], 0x88);
+    const __m512i c = _mm512_shuffle_i32x4(u[j], u[4 + j], 0xdd), d = _mm512_shuffle_i32x4(u[8 + j], u[12 + j], 0xdd);
+    to[4 * j] = _mm512_shuffle_i32x4(a, b, 0x88);
+    to[4 * (4 + j)] = _mm512_shuffle_i32x4(c, d, 0x88);
+    to[4 * (8 + j)] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    to[4 * (12 + j)] = _mm512_shuffle_i32x4(c, d, 0xdd);
+  }
+}
+
+/* [16 rows][chunks] -> their share of pairs [16 chunks][4][16] */
+static __attribute__((noinline)) void turn(__m512i rows[16][STEP / 32], __m512i *pairs) {
+  for (int j = 0; j < STEP / 32; j++) {
+    __m512i v[16];
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; r++) v[r] = rows[r][j];
+    turned(v, pairs + j * 64);
+  }
+}
+
+/* 64 rows of W by STEP channels -> pairs [64][4][16]; part (a literal): which chunks of a block */
+INLINE void expand_part(const Weights *w, const int form, const int scaling, const int part,
+                        long row, long start, __m512i *pairs) {
+  const long block = start / (32 * chunks_of(form)) * bytes_of(form);
+  const Groups range = groups_at(w, start, STEP / 32);
+  __m512i held[16][STEP / 32]; /* tables, then weights */
+  for (int r = 0; r < ROWS; r++) {
+    const long own = row + r < w->n ? row + r : w->n - 1;
+    const uint8_t *at = w->words + own * w->row_bytes + block;
+    __m512i *aux = held[r % 16];
+    if (part == 0) /* rows lie a power of two apart, where nothing fetches ahead by itself */
+      for (int byte = 0; byte < bytes_of(form); byte += 64)
+        _mm_prefetch((const char *)at + AHEAD * bytes_of(form) + byte, _MM_HINT_T1);
+    tables(w, own, range, STEP / 32, aux);
+#define EXPAND(j)                                          \
+  {                                                        \
+    __m512i v = chunk(form, at, 4 * part + (j), aux[j]);   \
+    aux[j] = scaling ? scaled(v, (__m512)aux[j]) : v;      \
+  }
+    FOUR(EXPAND, 0)
+    if (r % 16 == 15) turn(held, pairs + r / 16);
+  }
+}
+
+INLINE void expand(const Weights *w, const int form, const int scaling, long row, long start,
+                   __m512i *pairs) {
+  switch (start / STEP % (chunks_of(form) / 4)) {
+    case 0: expand_part(w, form, scaling, 0, row, start, pairs); break;
+    case 1: if (chunks_of(form) > 4) expand_part(w, form, scaling, 1, row, start, pairs); break;
+    case 2: if (chunks_of(form) > 8) expand_part(w, form, scaling, 2, row, start, pairs); break;
+    case 3: if (chunks_of(form) > 8) expand_part(w, form, scaling, 3, row, start, pairs); break;
+  }
+}
+
+/* product.h's, compiled once and not for every form */
+static __attribute__((noinline)) void multiply_step(long m, const uint16_t *x, const __m512i *pairs,
+                                                    float *sums) {
+  multiply_all(m, x, STEP, pairs, STEP / 2, 0, sums);
+}
+
+/* x [steps][m][STEP] */
+INLINE void many(const Weights *w, const int form, const int scaling, long m, const uint16_t *x,
+                 uint16_t *y) {
+#pragma omp for collapse(2) schedule(static)
+  for (long first = 0; first < m; first += CHUNK)
+    for (long row = 0; row < w->n; row += ROWS) {
+      const long count = m - first < CHUNK ? m - first : CHUNK;
+      float sums[CHUNK * ROWS];
+      __m512i pairs[STEP / 2 * 4];
+      int32_t next[ROWS];
+      const long rows = w->n - row < ROWS ? w->n - row : ROWS;
+      if (w->ptr) memcpy(next, w->ptr + row, rows * sizeof *next);
+      memset(sums, 0, count * ROWS * sizeof(float));
+      for (long start = 0; start < w->padded; start += STEP) {
+        expand(w, form, scaling, row, start, pairs);
+        if (w->ptr)
+          for (long r = 0; r < rows; r++)
+            for (; next[r] < w->ptr[row + r + 1] && w->place[next[r]] < start + STEP; next[r]++) {
+              const long c = w->place[next[r]] - start;
+              uint16_t *v = (uint16_t *)pairs + (c / 2 * ROWS + r) * 2 + c % 2;
+              *v = narrow(wide(*v) + half(w->delta[next[r]]));
+            }
+        multiply_step(count, x + start * m + first * STEP, pairs, sums);
+      }
+      for (int c = 0; c < ROWS && row + c < w->n; c += 16) {
+        const __mmask16 there = w->n - row - c < 16 ? (__mmask16)((1 << (w->n - row - c)) - 1) : 0xffff;
+        __m512 scale = _mm512_set1_ps(1);
+        if (w->row_scale)
+          scale = w->row_step ? _mm512_maskz_loadu_ps(there, w->row_scale + row + c) : _mm512_set1_ps(*w->row_scale);
+        for (long i = 0; i < count; i++) {
+          __m512 s = _mm512_mul_ps(_mm512_loadu_ps(sums + i * ROWS + c), scale);
+          if (w->token_scale) s = _mm512_mul_ps(s, _mm512_set1_ps(w->token_scale[first + i]));
+          _mm256_mask_storeu_epi16(y + (first + i) * w->n + row + c, there, (__m256i)_mm512_cvtneps_pbh(s));
+        }
+      }
+    }
+}
+
+/* x [m][k] -> [padded / step][m][step], in `order`, 0 where there is no channel */
+static __attribute__((noinline)) void arrange(const Weights *w, const uint16_t *x, long m, long step, uint16_t *to) {
+#pragma omp for collapse(2) schedule(static)
+  for (long start = 0; start < w->padded; start += step)
+    for (long i = 0; i < m; i++) {
+      uint16_t *here = to + start * m + i * step;
+      const long there = w->k - start < 0 ? 0 : w->k - start < step ? w->k - start : step;
+      if (w->order)
+        for (long j = 0; j < step; j++) here[j] = w->order[start + j] < w->k ? x[i * w->k + w->order[start + j]] : 0;
+      else {
+        memcpy(here, x + i * w->k + start, there * 2);
+        memset(here + there, 0, (step - there) * 2);
+      }
+    }
+}
+
+/* x [m][k] bf16, spare [m][padded] -> y [m][n] bf16 */
+void table_product(const Weights *w, const uint16_t *x, uint16_t *spare, long m, long most_few,
+                   uint16_t *y, int threads) {
+  const int direct = m <= most_few;
+#pragma omp parallel num_threads(threads)
+  {
+    arrange(w, x, m, direct ? w->padded : STEP, spare);
+#define RUN(scaling)                                \
+  if (direct) few(w, FORM, scaling, m, spare, y);   \
+  else many(w, FORM, scaling, m, spare, y);
+    if (FORM == E4M3 && w->kind != NONE) {
+      RUN(FORM == E4M3)
+    } else {
+      RUN(0)
+    }
+  }
+}
