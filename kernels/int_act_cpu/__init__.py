@@ -2,7 +2,8 @@
 
 oneDNN multiplies unsigned activation codes by signed weight codes into exact 32-bit sums
 (`onednn.qlinear_pointwise`; with signed activations it takes a reference path 100 times slower).
-It is no op of ours: the packed blocks are mkldnn tensors, which a fake tensor cannot stand for.
+It is no op of ours: the packed blocks are mkldnn tensors, which PyTorch dispatches to its MkldnnCPU
+key and not to what kernels.ops registers for CPU.
 Scales and zero points are applied to the sums, so there is one scale per row of the weights.
 Times: docs/log.md.
 """
