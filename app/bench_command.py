@@ -31,13 +31,13 @@ def split(names: Sequence[str]) -> tuple[list[str], list[str]]:
     from backend.registry import nearest
     from backend.solver_times import SOLVERS
 
-    every = [*known(), *SOLVERS]
+    kernels = known()
+    every = [*kernels, *SOLVERS]
     for name in names:
         if name not in every:
             raise ValueError(f"unknown kernel or method {name!r}{nearest(name, every)}")
-    chosen = names or every
-    kernels = [name for name in chosen if name not in SOLVERS]
-    return kernels, [name for name in chosen if name in SOLVERS]
+    chosen = names or list(dict.fromkeys(every))  # some names are of both
+    return [n for n in chosen if n in kernels], [n for n in chosen if n in SOLVERS]
 
 
 def time_kernels(
