@@ -55,6 +55,18 @@ def test_the_kernels_page_fits_and_its_choices_are_in_the_address(width, serving
     page.get_by_role("columnheader", name="FLOP per byte").wait_for()
 
 
+def test_an_empty_page_has_a_button_and_no_empty_cards(tmp_path, visit):
+    server = Serving(tmp_path)
+    try:
+        page = visit(server.url, 360).open("/kernels")
+        page.get_by_role("button", name="Time kernels here").wait_for()
+        page.get_by_role("heading", name="In print").wait_for()
+        assert not [c for c in page.locator(".card").all() if c.is_visible() and not c.inner_text()]
+        assert page.evaluate(SCREEN)
+    finally:
+        server.stop()
+
+
 @pytest.mark.parametrize("width", [360, 1440])
 def test_a_budget_is_typed_and_kept_in_the_address(width, caching, visit):
     page = visit(caching, width).open("/")
