@@ -55,16 +55,19 @@ def test_the_kernels_page_fits_and_its_choices_are_in_the_address(width, serving
     page.get_by_role("columnheader", name="FLOP per byte").wait_for()
 
 
-def test_an_empty_page_has_a_button_and_no_empty_cards(tmp_path, visit):
+@pytest.fixture
+def empty(tmp_path) -> Iterator[str]:
     server = Serving(tmp_path)
-    try:
-        page = visit(server.url, 360).open("/kernels")
-        page.get_by_role("button", name="Time kernels here").wait_for()
-        page.get_by_role("heading", name="In print").wait_for()
-        assert not [c for c in page.locator(".card").all() if c.is_visible() and not c.inner_text()]
-        assert page.evaluate(SCREEN)
-    finally:
-        server.stop()
+    yield server.url
+    server.stop()
+
+
+def test_an_empty_page_has_a_button_and_no_empty_cards(empty, visit):
+    page = visit(empty, 360).open("/kernels")
+    page.get_by_role("button", name="Time kernels here").wait_for()
+    page.get_by_role("heading", name="In print").wait_for()
+    assert not [c for c in page.locator(".card").all() if c.is_visible() and not c.inner_text()]
+    assert page.evaluate(SCREEN)
 
 
 @pytest.mark.parametrize("width", [360, 1440])
