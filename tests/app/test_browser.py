@@ -252,7 +252,7 @@ def test_dragging_over_the_chart_selects_what_is_inside(filled, visit):
 def test_filters_search_sort_and_columns_live_in_the_url(filled, visit):
     page = visit(filled).open("/")
     points(page, 12)
-    page.get_by_role("button", name="gptq", exact=True).click()
+    page.get_by_role("button", name="GPTQ", exact=True).click()
     page.wait_for_function("document.querySelectorAll('tr[data-run]').length === 4")
     page.keyboard.press("/")
     page.keyboard.type("w3")
@@ -262,7 +262,7 @@ def test_filters_search_sort_and_columns_live_in_the_url(filled, visit):
     assert "search=w3" in page.url
     page.get_by_role("button", name="Perplexity", exact=True).click()
     page.wait_for_function("location.search.includes('sort=perplexity')")
-    page.get_by_role("button", name="Show as table").click()
+    page.get_by_role("button", name="Show as table", exact=True).click()
     page.locator(".as-table td").first.wait_for()
 
 
