@@ -18,9 +18,9 @@ pytestmark = [
 CELL = """([x, y]) => { const box = document.querySelector('.layers-plot .plot');
   const r = box.querySelector('.nsewdrag').getBoundingClientRect(), f = box._fullLayout;
   return [r.x + f.xaxis.d2p(x), r.y + f.yaxis.d2p(y)]; }"""
-DRAWN = """(count) => [...document.querySelectorAll('.values-plots .plot')]
+DRAWN = """(count) => [...document.querySelectorAll('.values-card .plot')]
   .filter((p) => p.dataset.drawn && p.clientWidth).length === count"""
-FITS = """[...document.querySelectorAll('.values-plots .plot')]
+FITS = """[...document.querySelectorAll('.values-card .plot')]
   .every((p) => p.querySelector('.main-svg').getBoundingClientRect().width <= p.clientWidth + 1)"""
 
 
@@ -38,7 +38,7 @@ def test_a_cell_opens_and_closes(width, serving, visit):
     url, run_id = serving
     page = visit(url, width).open(f"/run?id={run_id}&theme=dark")
     page.wait_for_function("document.querySelector('.layers-plot .plot').dataset.drawn")
-    assert not page.locator(".values-plots").is_visible()
+    assert not page.locator(".values-card .values-plots").is_visible()
     page.locator(".layers-plot .plot").first.scroll_into_view_if_needed()
     page.mouse.click(*page.evaluate(CELL, [f"{MODULE.split('.')[-1]}", "block 1"]))
     page.get_by_role("heading", name=f"{MODULE} of block 1").wait_for()
@@ -54,4 +54,4 @@ def test_a_cell_opens_and_closes(width, serving, visit):
     page.get_by_role("button", name="Close").click()
     page.get_by_text("Click a cell above").wait_for()
     assert "module" not in page.url
-    assert not page.locator(".values-plots").is_visible()
+    assert not page.locator(".values-card .values-plots").is_visible()
