@@ -387,7 +387,8 @@ INLINE void expand(const Weights *w, const int form, const int scaling, long row
 /* product.h's, compiled once and not for every form */
 static __attribute__((noinline)) void multiply_step(long m, const uint16_t *x, const __m512i *pairs,
                                                     float *sums) {
-  multiply_all(m, x, STEP, pairs, STEP / 2, 0, sums);
+  const After plain = {0};
+  multiply_all(PAIRS, m, (const uint8_t *)x, STEP * sizeof *x, pairs, STEP / 2, &plain, sums);
 }
 
 /* x [steps][m][STEP] */

@@ -1,11 +1,11 @@
 """Integer weights and integer activations, scaled per token as they come, on the CPU.
 
-oneDNN multiplies unsigned activation codes by signed weight codes into exact 32-bit sums
-(`onednn.qlinear_pointwise`; with signed activations it takes a reference path 100 times slower).
-It is no op of ours: the packed blocks are mkldnn tensors, which PyTorch dispatches to its MkldnnCPU
-key and not to what kernels.ops registers for CPU.
-Scales and zero points are applied to the sums, so there is one scale per row of the weights.
-Times: docs/log.md.
+Where it compiles, kernels/byte_cpu.py rounds and multiplies in one call, groups of input channels
+and half bytes included. Else oneDNN multiplies unsigned activation codes by signed weight codes
+into exact 32-bit sums (`onednn.qlinear_pointwise`; with signed activations it takes a reference
+path 100 times slower), with one scale per row of the weights. That is no op of ours: the packed
+blocks are mkldnn tensors, which PyTorch dispatches to its MkldnnCPU key and not to what kernels.ops
+registers for CPU. Times: docs/log.md.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from kernels import byte_cpu
 from kernels.base import Case, Json, Packed
 from kernels.integers import (
     activation_codes,
+    group_of,
     int_format,
     random_weight,
     refuse,
@@ -35,7 +37,7 @@ class IntActCpu:
 
     name = "int_act_cpu"
     rank = 10
-    reads = ("int",)
+    reads = ("int", "affine")
     devices = ("cpu",)
     cases = (
         Case(1, 64, 64, W8, A8),
@@ -45,6 +47,9 @@ class IntActCpu:
         Case(2, 50, 128, int_format(bits=4, symmetric=True), int_format(bits=6)),
         Case(9, 32, 64, int_format(bits=8, per_tensor=True, symmetric=True), A8),
         Case(4, 16, 48, W8, int_format(bits=8, symmetric=True, per_tensor=True)),
+        Case(7, 70, 256, int_format(bits=4, group=128), int_format(bits=8, symmetric=True)),
+        Case(13, 40, 96, int_format(bits=8, group=32), int_format(bits=8)),
+        Case(2, 65, 64, {"kind": "affine", "bits": 4, "group": 64}, A8),
     )
 
     def why_not(
@@ -52,49 +57,66 @@ class IntActCpu:
     ) -> str | None:
         if device.type != "cpu":
             return "it runs on the CPU"
-        if reason := refuse(weight, act):
+        if reason := refuse(weight, act, self.reads):
             return reason
         if act is None:
             return "it needs activations in integers too"
-        if weight["group"]:
-            return f"it has one scale per row of weights, not per {weight['group']} channels"
+        group = weight["group"]
+        if byte_cpu.native() is not None:
+            if group and (group % 4 or k % group):
+                return f"group {group} must divide the {k} input channels and be a multiple of 4"
+            return None
+        if weight["kind"] == "affine":
+            return "without its product in C it takes whole zero points only"
+        if group:
+            return f"without its product in C it has one scale per row, not per {group} channels"
         return None if works() else "this build of PyTorch has no exact int8 product on this CPU"
 
     def pack(
         self, codes: Tensor, params: Mapping[str, Tensor], weight: Json, act: Json | None
     ) -> Packed:
-        """codes [n, k] -> oneDNN's blocks; scale, shift, sums [n] fp32.
+        """As byte_cpu has them; else oneDNN's blocks with scale, shift, sums [n] fp32.
 
-        w = q scale + shift, q the code around the middle of its range; sums are those of q scale.
+        w = q scale + offset or shift, q the code around the middle of its range; sums are those of
+        q scale.
         """
         n, k = codes.shape
         middle = 2 ** (weight["bits"] - 1)
         q = (codes.int() - middle).to(torch.int8)
-        scale = params["scale"].float().expand(n, 1).flatten().contiguous()
+        groups = k // group_of(weight, k)
+        scale = params["scale"].float().expand(n, groups)
+        offset = None
+        if "zero" in params:
+            offset = (middle - zeros(params, weight).expand(n, groups)) * scale
+        if byte_cpu.native() is not None:
+            half = weight["bits"] <= 4 and (groups == 1 or k // groups % 8 == 0)
+            return Packed(byte_cpu.pack(q, scale, offset, half), n, k, weight, act)
+        scale = scale.flatten().contiguous()
         tensors = {
             "blocks": torch.ops.onednn.qlinear_prepack(q, None),
             "scale": scale,
             "sums": q.sum(1, dtype=torch.float32) * scale,
         }
-        if "zero" in params:
-            tensors["shift"] = (middle - zeros(params, weight).expand(n, 1).flatten()) * scale
+        if offset is not None:
+            tensors["shift"] = offset.flatten()
         return Packed(tensors, n, k, weight, act)
 
     def matmul(self, x: Tensor, packed: Packed) -> Tensor:
-        """sum over k of (a + lack) (q scale + shift), a and q the codes around their middles."""
         assert packed.act is not None
+        if "blocks" in packed.tensors:
+            return by_blocks(x, packed, packed.act)
+        wide = x if x.dtype != torch.float16 else x.float()
         held = packed.tensors
-        codes, x_scale, x_zero = activation_codes(x, packed.act)
-        middle = 2 ** (packed.act["bits"] - 1)
-        bytes_ = (codes if middle == MIDDLE else codes + (MIDDLE - middle)).to(torch.uint8)
-        y = int_product(bytes_, held["blocks"], held["scale"])  # [m, n], sum of a q scale
-        if not packed.act["symmetric"]:
-            y.addcmul_(middle - x_zero, held["sums"])
-        if "shift" in held:
-            y.addcmul_(codes.sum(1, keepdim=True) - packed.k * x_zero, held["shift"])
-        return y.mul_(x_scale).to(x.dtype)
+        scales = (held["scale"], held.get("offset"))
+        row_sum = None if packed.act["symmetric"] else held["row_sum"]
+        grid = byte_cpu.grid_of(packed.act)
+        y = byte_cpu.OP(wide.contiguous(), held["q"], *scales, row_sum, None, None, packed.n, grid)
+        return y.to(x.dtype)
 
     def reference(self, x: Tensor, packed: Packed) -> Tensor:
+        if "q" in packed.tensors:
+            w = byte_cpu.dense(packed.tensors, packed.n, packed.k)
+            return rounded_activations(x, packed.act) @ w.T
         # oneDNN's blocks can be read in no other way than by multiplying with ones.
         ones = (torch.eye(packed.k) + MIDDLE).to(torch.uint8)
         w = int_product(ones, packed.tensors["blocks"], packed.tensors["scale"]).T  # [n, k]
@@ -106,9 +128,25 @@ class IntActCpu:
         return random_weight(case, generator)
 
     def container(self, weight: Json) -> str:
-        if weight["bits"] == 8:
+        half = byte_cpu.native() is not None and weight["bits"] <= 4 and weight["group"] % 8 == 0
+        if weight["bits"] == (4 if half else 8):
             return ""
-        return f"{weight['bits']}-bit codes are kept in bytes, as oneDNN's product reads them"
+        fields = "half bytes" if half else "bytes"
+        return f"{weight['bits']}-bit codes are kept in {fields}, as the product reads them"
+
+
+def by_blocks(x: Tensor, packed: Packed, act: Json) -> Tensor:
+    """By oneDNN: sum over k of (a + lack) (q scale + shift), a and q codes around their middles."""
+    held = packed.tensors
+    codes, x_scale, x_zero = activation_codes(x, act)
+    middle = 2 ** (act["bits"] - 1)
+    bytes_ = (codes if middle == MIDDLE else codes + (MIDDLE - middle)).to(torch.uint8)
+    y = int_product(bytes_, held["blocks"], held["scale"])  # [m, n], sum of a q scale
+    if not act["symmetric"]:
+        y.addcmul_(middle - x_zero, held["sums"])
+    if "shift" in held:
+        y.addcmul_(codes.sum(1, keepdim=True) - packed.k * x_zero, held["shift"])
+    return y.mul_(x_scale).to(x.dtype)
 
 
 def int_product(codes: Tensor, blocks: Tensor, scale: Tensor) -> Tensor:

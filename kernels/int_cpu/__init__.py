@@ -33,7 +33,7 @@ from kernels.integers import (
 from kernels.native import library
 from kernels.workspace import WORKSPACES
 
-FEW4 = 8  # rows of x up to which the 4-bit operation beats product.c
+FEW4 = 64  # rows of x up to which scales meet sums and not weights in product.c
 ROWS4 = 128  # rows of x up to which it beats expanding: 0.2 ms each, against 18
 ROWS8 = 16  # the same for 8 bits: 0.21 ms each, against 2.5
 TILE = 1024  # rows of W expanded at once: larger fresh buffers cost page faults
@@ -165,9 +165,14 @@ def matmul4(x: Tensor, packed: Packed) -> Tensor:
 def product4(x: Tensor, q: Tensor, pair: Tensor, n: int) -> Tensor:
     """x [m, k] bf16, q and scale_zero as of pack4 -> [m, n] bf16: the fastest way for m rows."""
     m, k = x.shape
-    if m > FEW4 and (c := native()) is not None:
+    if (c := native()) is not None:
         y = x.new_empty(m, q.shape[0])
-        c.product4(*places(x, spare(x), q, pair), m, len(q), k, k // len(pair), *ends(y))
+        few = m <= FEW4
+        sums = (
+            WORKSPACES.take("group sums", m * len(pair), torch.float32, x.device) if few else None
+        )
+        held = places(x, spare(x), q, pair, sums)
+        c.product4(*held, m, len(q), k, k // len(pair), *ends(y))
     elif m <= ROWS4:
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, q, k // len(pair), pair)
     else:
@@ -196,7 +201,7 @@ def native() -> ctypes.CDLL | None:
     compiled = library(Path(__file__).with_name("product.c"))
     if compiled is not None:
         place, size = ctypes.c_void_p, ctypes.c_long
-        compiled.product4.argtypes = [place] * 4 + [size] * 4 + [place, ctypes.c_int]
+        compiled.product4.argtypes = [place] * 5 + [size] * 4 + [place, ctypes.c_int]
         compiled.product8.argtypes = [place] * 5 + [size] * 4 + [place, ctypes.c_int]
         compiled.product4.restype = compiled.product8.restype = None
     return compiled

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels import ops
+from kernels import byte_cpu, ops
 from kernels.base import Case, Json, Packed
-from kernels.int_act_cpu import int_product, works
 from kernels.w8_a8.layout import padded, unpadded
 
 MIDDLE = 128  # code of 0
+GRID = [255, MIDDLE, 127, 0, torch.finfo(torch.float32).max, 0, 0, 1]  # x: see byte_cpu.Grid
 CHUNK = 32  # outlier channels a kernel takes at a time
 
 
@@ -56,24 +56,23 @@ class LLMInt8:
     def pack(
         self, codes: Tensor, params: Mapping[str, Tensor], weight: Json, act: Json | None
     ) -> Packed:
-        """As `arranged`, on a CPU for oneDNN's product of bytes where there is one."""
-        blocks = codes.device.type == "cpu" and works()
+        """As `arranged`, on a CPU for the product of bytes in C where there is one."""
+        blocks = codes.device.type == "cpu" and byte_cpu.native() is not None
         n, k = codes.shape
         return Packed(arranged(codes, params, weight, blocks), n, k, weight, act)
 
     def matmul(self, x: Tensor, packed: Packed) -> Tensor:
         held = packed.tensors
         scaled = packed.weight["outliers"] == "int8"
-        rest = (*(held[name] for name in ("scale", "keep", "index", "outliers")), scaled)
-        # oneDNN's blocks are no plain tensor: an op of ours is not called with them.
-        if "blocks" in held:
-            return by_blocks(x, held["blocks"], *rest)
-        y: Tensor = OP(x, held["codes"], *rest)
+        rest = (held["keep"], held["index"], held["outliers"], scaled)
+        if "q" in held:
+            return by_blocks(x, held["q"], held["scale"], packed.n, *rest)
+        y: Tensor = OP(x, held["codes"], held["scale"], *rest)
         return y
 
     def reference(self, x: Tensor, packed: Packed) -> Tensor:
         held = packed.tensors
-        rows, scale = read(held, packed.k), held["scale"]
+        rows, scale = read(held, packed.n, packed.k), held["scale"].flatten()[: packed.n]
         a, a_scale = rounded(x, held["keep"])
         y = a @ rows.T * a_scale * scale
         channels = held["index"][held["index"] >= 0].long()
@@ -100,9 +99,9 @@ def arranged(
 ) -> dict[str, Tensor]:
     """params: scale [n, 1], columns [C], exact [n, C] if outliers are exact.
 
-    -> codes [n, width] int8, or oneDNN's `blocks` of them; scale [n]; keep [k] uint8, 0 at outlier
-    channels; index int32, the channels and -1 up to a multiple of CHUNK; outliers [n, that many],
-    0 past the last.
+    -> codes [n, width] int8 and scale [n], or q and scale as byte_cpu has them; keep [k] uint8, 0
+    at outlier channels; index int32, the channels and -1 up to a multiple of CHUNK; outliers
+    [n, that many], 0 past the last.
     """
     n, k = codes.shape
     q = (codes.to(torch.int16) - MIDDLE).to(torch.int8)
@@ -110,22 +109,24 @@ def arranged(
     keep = torch.ones(k, dtype=torch.uint8, device=codes.device).index_fill_(0, columns, 0)
     beside = params["exact"] if weight["outliers"] == "exact" else q[:, columns]
     more = -len(columns) % CHUNK
-    held = {"blocks": torch.ops.onednn.qlinear_prepack(q, None)} if blocks else {"codes": padded(q)}
+    scale = params["scale"].float().expand(n, 1)
+    held = {"codes": padded(q), "scale": scale.flatten().contiguous()}
+    if blocks:
+        whole = byte_cpu.pack(q, scale, None, half=False)
+        held = {"q": whole["q"], "scale": whole["scale"]}
     return {
         **held,
-        "scale": params["scale"].float().expand(n, 1).flatten().contiguous(),
         "keep": keep,
         "index": functional.pad(columns.to(torch.int32), (0, more), value=-1),
         "outliers": functional.pad(beside, (0, more)).contiguous(),
     }
 
 
-def read(held: Mapping[str, Tensor], k: int) -> Tensor:
-    """Whole codes [n, k] fp32; oneDNN's blocks give them by multiplying with ones."""
-    if "codes" in held:
-        return unpadded(held["codes"], k).float()
-    ones = (torch.eye(k) + MIDDLE).to(torch.uint8)
-    return int_product(ones, held["blocks"], torch.ones_like(held["scale"])).T
+def read(held: Mapping[str, Tensor], n: int, k: int) -> Tensor:
+    """Whole codes [n, k] fp32."""
+    if "q" in held:
+        return byte_cpu.unblocked(held["q"])[:n, :k].float()
+    return unpadded(held["codes"], k).float()
 
 
 def _cpu(
@@ -145,17 +146,22 @@ def _cpu(
 
 def by_blocks(
     x: Tensor,
-    blocks: Tensor,
+    q: Tensor,
     scale: Tensor,
+    n: int,
     keep: Tensor,
     index: Tensor,
     outliers: Tensor,
     scaled: bool,
 ) -> Tensor:
-    """The same sums by oneDNN, which takes activations around 128."""
-    a, a_scale = rounded(x, keep)
-    sums = int_product((a + MIDDLE).to(torch.uint8), blocks, torch.ones_like(scale))
-    return finished(x, sums.mul_(a_scale), scale, index, outliers, scaled)
+    """The same sums in C, which adds the product of the outliers."""
+    wide = x if x.dtype != torch.float16 else x.float()
+    listed = wide[:, index.clamp_min(0).long()].float()
+    beside = functional.linear(listed, outliers.float())
+    if scaled:
+        beside *= scale[0, :n]
+    y = byte_cpu.OP(wide.contiguous(), q, scale, None, None, keep, beside, n, GRID)
+    return y.to(x.dtype)
 
 
 def rounded(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
