@@ -1,12 +1,11 @@
 /* y = act(x) W^T on the CPU, both in whole numbers of a byte: x rounded row by row to unsigned
    bytes, W in signed ones or in half bytes, sums of up to 512 channels exact in 32 bits, then fp32.
    Compiled by kernels/native.py; weights and grids are packed by byte_cpu.py. */
+#include "inputs.h"
 #include "product.h"
 
 #define STEP 512 /* most channels summed in 32 bits: such sums are below 2^24, exact in fp32 */
 #define HIGH 128 /* bytes of x are so much above their whole number */
-
-enum { FP32, FP16, BF16 };
 
 typedef struct {
   const uint8_t *q;     /* [n / 64][k / 4][64][4] signed bytes; of 4 bits [n / 64][k / 8][64][4],
@@ -20,8 +19,7 @@ typedef struct {
 typedef struct { /* the grid of x: kernels/integers.py */
   const uint8_t *keep; /* [k] 0: such a channel is 0; may be null */
   float top, middle, steps; /* codes 0 to top; steps 0: asymmetric, else peak / scale */
-  float smallest, most;     /* scale */
-  long kept;                /* type that scales are stored in */
+  Kept kept;                /* how scales are stored */
   long per_tensor, inverse; /* inverse: x times steps / peak, not x / scale */
 } Grid;
 
@@ -32,46 +30,6 @@ typedef struct { /* x rounded */
   float *sums;    /* [groups][m] sums of groups, null if W has no offset */
 } Rounded;
 
-INLINE __mmask16 first_of(long count) { return count >= 16 ? 0xffff : (__mmask16)((1 << count) - 1); }
-
-/* 16 numbers from `at` on, 0 past `left` of them and where `keep` says so */
-INLINE __m512 read(const void *x, long type, long at, long left, const uint8_t *keep) {
-  const __mmask16 there = first_of(left);
-  const __m512 v = type == FP32 ? _mm512_maskz_loadu_ps(there, (const float *)x + at)
-                                : (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(
-                                      there, (const uint16_t *)x + at)), 16);
-  if (!keep) return v;
-  const __m512i kept = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, keep));
-  return _mm512_maskz_mov_ps(_mm512_test_epi32_mask(kept, kept), v);
-}
-
-static const float NOTHING = __builtin_nanf("");
-
-/* lowest and highest of a row and 0; NaN if there is one */
-INLINE void range(const void *x, long type, long row, long k, const uint8_t *keep, float *low, float *high) {
-  __m512 least = _mm512_setzero_ps(), most = least;
-  __mmask16 wrong = 0;
-  for (long j = 0; j < k; j += 16) {
-    const __m512 v = read(x, type, row * k + j, k - j, keep ? keep + j : 0);
-    wrong |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    least = _mm512_min_ps(least, v);
-    most = _mm512_max_ps(most, v);
-  }
-  *low = wrong ? NOTHING : _mm512_reduce_min_ps(least);
-  *high = wrong ? NOTHING : _mm512_reduce_max_ps(most);
-}
-
-INLINE float stored(float scale, const Grid *grid) {
-  scale = scale < grid->smallest ? grid->smallest : scale > grid->most ? grid->most : scale;
-  if (grid->kept == FP16) return _cvtsh_ss(_cvtss_sh(scale, _MM_FROUND_TO_NEAREST_INT));
-  if (grid->kept == FP32) return scale;
-  uint32_t bits; /* bf16, halves to even, subnormals kept, as PyTorch rounds */
-  memcpy(&bits, &scale, 4);
-  bits = scale == scale ? (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u : bits;
-  memcpy(&scale, &bits, 4);
-  return scale;
-}
-
 /* x [m][k] -> codes, scale and zero point of every row, sums of its groups */
 static void round_rows(const void *x, long type, const Grid *grid, long m, long k, long padded,
                        long group, const Rounded *to) {
@@ -80,11 +38,8 @@ static void round_rows(const void *x, long type, const Grid *grid, long m, long 
   if (grid->per_tensor) {
 #pragma omp single
     {
-      for (long i = 1; i < m; i++) { /* NaN wins */
-        to->zero[0] = to->zero[i] >= to->zero[0] ? to->zero[0] : to->zero[i];
-        to->scale[0] = to->scale[i] <= to->scale[0] ? to->scale[0] : to->scale[i];
-      }
-      for (long i = 1; i < m; i++) to->zero[i] = to->zero[0], to->scale[i] = to->scale[0];
+      shared(to->zero, m, -1);
+      shared(to->scale, m, 1);
     }
   }
 #pragma omp for schedule(static)
@@ -93,11 +48,11 @@ static void round_rows(const void *x, long type, const Grid *grid, long m, long 
     if (low == 0 && high == 0) low = -1, high = 1;
     if (grid->steps != 0) {
       const float peak = -low > high || low != low ? -low : high;
-      scale = grid->inverse ? peak / grid->steps : stored(peak / grid->steps, grid);
+      scale = grid->inverse ? peak / grid->steps : stored(peak / grid->steps, &grid->kept);
       times = grid->steps / peak;
       zero = grid->middle;
     } else {
-      scale = stored((high - low) / grid->top, grid);
+      scale = stored((high - low) / grid->top, &grid->kept);
       zero = __builtin_roundevenf(-low / scale);
       zero = zero < 0 ? 0 : zero > grid->top ? grid->top : zero;
     }

@@ -20,13 +20,12 @@ from torch.nn import functional
 
 from kernels import ops
 from kernels.base import Json
-from kernels.integers import DTYPES, SMALLEST
 from kernels.native import library
+from kernels.round_cpu import TYPES, Kept, stored_as
 from kernels.workspace import WORKSPACES
 
 ROWS = 64  # of W in a block; n is padded to whole ones
 HALF = 8  # middle of the codes in half a byte
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 STEPS = {"restricted": -1.0, "offset": -0.5, "full": 0.0}  # beyond the middle, of a scale's peak
 
 
@@ -44,8 +43,9 @@ class Grid(ctypes.Structure):
 
     _fields_ = [
         ("keep", ctypes.c_void_p),
-        *((name, ctypes.c_float) for name in ("top", "middle", "steps", "smallest", "most")),
-        *((name, ctypes.c_long) for name in ("kept", "per_tensor", "inverse")),
+        *((name, ctypes.c_float) for name in ("top", "middle", "steps")),
+        ("kept", Kept),
+        *((name, ctypes.c_long) for name in ("per_tensor", "inverse")),
     ]
 
 
@@ -125,9 +125,7 @@ def grid_of(act: Json) -> list[float]:
     """The int format's grid for inputs, in numbers as the op takes them; see Grid."""
     top, middle = 2 ** act["bits"] - 1, 2 ** (act["bits"] - 1)
     steps = middle + STEPS[act["convention"]] if act["symmetric"] else 0
-    kept = DTYPES[act["scale_dtype"]]
-    smallest, most = SMALLEST[act["scale_dtype"]], torch.finfo(kept).max
-    return [top, middle, steps, smallest, most, TYPES[kept], bool(act["per_tensor"]), 0]
+    return [top, middle, steps, *stored_as(act["scale_dtype"]), bool(act["per_tensor"]), 0]
 
 
 def product(
@@ -158,7 +156,8 @@ def product(
         at += 4 * size
     w = Weights(*(None if t is None else t.data_ptr() for t in (q, scale, offset, row_sum)))
     w.n, w.k, w.group, w.bits = scale.shape[1], padded, padded // groups, 4 if half else 8
-    own = Grid(None if keep is None else keep.data_ptr(), *grid[:5], *(int(v) for v in grid[5:]))
+    kept, flags = Kept(*grid[3:5], int(grid[5])), (int(v) for v in grid[6:])
+    own = Grid(None if keep is None else keep.data_ptr(), *grid[:3], kept, *flags)
     room = Rounded(codes.data_ptr(), *places)
     more = None if beside is None else beside.data_ptr()
     how = (ctypes.byref(w), ctypes.byref(own), ctypes.byref(room), x.data_ptr(), TYPES[x.dtype])

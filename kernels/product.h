@@ -11,7 +11,9 @@
 #define ROWS 64   /* of W in a block: four registers of sums for a row of x */
 #define COUNT 6   /* rows of x at once: 24 registers of sums */
 #define CHUNK 256 /* rows of x whose sums are kept at once: 64 KB */
+#ifndef INLINE
 #define INLINE static inline __attribute__((always_inline))
+#endif
 
 enum { PAIRS, BYTES }; /* bf16 by bf16 into fp32; unsigned bytes of x by signed ones into 32 bits */
 

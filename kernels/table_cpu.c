@@ -9,14 +9,14 @@
    FORM of codes that is met; see table_cpu.py. */
 #include "product.h"
 
-enum { FP32, FP16, BF16 };                                 /* types of parameters */
+enum { FP32, FP16, BF16, ABSENT };                         /* types of parameters */
 enum { PLAIN, DOUBLE, SHIFT, BILEVEL, SUMS, BLOCKS, NONE }; /* what makes tables: table_cpu.py */
 enum { WHOLE8 = 8, E4M3 = 9 };                             /* forms of codes that no table takes */
 
 #define STEP 128 /* channels expanded at once for many rows of x */
 #define SPAN 1024 /* channels whose tables are made at once for few rows of x: 2 KB */
 #define AHEAD 2  /* blocks of a row fetched before they are needed */
-#define FEW 8    /* rows of x multiplied without expanding W in memory */
+#define FEW 2    /* rows of x multiplied without expanding W in memory */
 
 typedef struct {
   const uint8_t *words;          /* [n][padded channels] codes, in blocks as layout says */
@@ -29,7 +29,7 @@ typedef struct {
   const int32_t *ptr;            /* [n + 1] outliers of a row: places and what is added; may be null */
   const uint16_t *place;
   const uint16_t *delta; /* fp16 */
-  long n, k, padded, row_bytes, group, groups, row_step, kind, type, more_type, extra, bits;
+  long n, k, padded, row_bytes, group, groups, row_step, extra;
 } Weights;
 
 /* ---- parameters: scale and offset of groups, or tables of sums -------------------------------- */
@@ -47,13 +47,13 @@ INLINE float number(const void *from, long at, long type) {
 }
 
 /* scale and less of a group of a row; w = level scale + less */
-INLINE void decode(const Weights *w, const int kind, long row, long group, float *scale, float *less) {
+INLINE void decode(const Weights *w, long row, long group, float *scale, float *less) {
   const long at = row * w->groups + group;
   *less = 0;
-  switch (kind) {
+  switch (KIND) {
     case PLAIN:
-      *scale = number(w->scale, at, w->type);
-      if (w->more) *less = number(w->more, at, w->more_type);
+      *scale = number(w->scale, at, TYPE);
+      if (MORE_TYPE != ABSENT) *less = number(w->more, at, MORE_TYPE);
       break;
     case DOUBLE: { /* scales of 8 bits: low[code] second + offset; 256 of them share a second */
       const float *second = w->more, *level = w->low;
@@ -68,7 +68,7 @@ INLINE void decode(const Weights *w, const int kind, long row, long group, float
     case BILEVEL: { /* two codes of 4 bits in a byte; ends [rows in sets of 2^extra][groups][4] */
       const uint8_t code = ((const uint8_t *)w->scale)[at];
       const long end = ((row >> w->extra) * w->groups + group) * 4;
-      const __m128 ends = w->more_type == FP16
+      const __m128 ends = MORE_TYPE == FP16
         ? _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)((const uint16_t *)w->more + end)))
         : _mm_loadu_ps((const float *)w->more + end);
       /* low + code step, of the scale in place 0 and of the zero point in place 2 */
@@ -82,8 +82,8 @@ INLINE void decode(const Weights *w, const int kind, long row, long group, float
     case BLOCKS: { /* GGUF: 2^extra sub-blocks share d and its offset; their own are small integers */
       const float d = half(((const uint16_t *)w->scale)[at >> w->extra]);
       const uint8_t *own = w->low, *zero = w->fourth;
-      *scale = d * (float)(w->type == 1 ? (int)(int8_t)own[at] : (int)own[at] - (int)w->type);
-      if (zero) *less = -half(((const uint16_t *)w->more)[at >> w->extra]) * (float)zero[at];
+      *scale = d * (float)(TYPE == 1 ? (int)(int8_t)own[at] : (int)own[at] - (int)TYPE);
+      if (MORE_TYPE != ABSENT) *less = -half(((const uint16_t *)w->more)[at >> w->extra]) * (float)zero[at];
       break;
     }
   }
@@ -92,9 +92,9 @@ INLINE void decode(const Weights *w, const int kind, long row, long group, float
 /* the 16 levels of one group of a row that are sums of +- its scales */
 INLINE __m512 sums_of(const Weights *w, long row, long group) {
   const long at = row * w->groups + group;
-  __m512 t = _mm512_set1_ps(w->more ? number(w->more, at, w->more_type) : 0);
-  for (long b = 0; b < w->bits; b++) {
-    const __m512 alpha = _mm512_set1_ps(number(w->scale, at * w->bits + b, w->type));
+  __m512 t = _mm512_set1_ps(MORE_TYPE == ABSENT ? 0 : number(w->more, at, MORE_TYPE));
+  for (long b = 0; b < FORM; b++) {
+    const __m512 alpha = _mm512_set1_ps(number(w->scale, at * FORM + b, TYPE));
     static const __mmask16 one[4] = {0xaaaa, 0xcccc, 0xf0f0, 0xff00}; /* codes with bit b */
     t = _mm512_add_ps(t, _mm512_mask_sub_ps(alpha, (__mmask16)~one[b], _mm512_setzero_ps(), alpha));
   }
@@ -116,53 +116,53 @@ INLINE Groups groups_at(const Weights *w, long start, long chunks) {
 }
 
 /* levels of a group, 16 of them from `at` on */
-INLINE __m512 levels_of(const Weights *w, const int kind, long row, long group, long at) {
-  if (kind == SUMS) return sums_of(w, row, group);
+INLINE __m512 levels_of(const Weights *w, long row, long group, long at) {
+  if (KIND == SUMS) return sums_of(w, row, group);
   float scale, less;
-  decode(w, kind, row, group, &scale, &less);
-  return _mm512_fmadd_ps(_mm512_loadu_ps(w->levels + at), _mm512_set1_ps(scale), _mm512_set1_ps(less));
+  decode(w, row, group, &scale, &less);
+  const __m512 own = _mm512_loadu_ps(w->levels + at);
+  if (MORE_TYPE == ABSENT && KIND != BILEVEL) return _mm512_mul_ps(own, _mm512_set1_ps(scale));
+  return _mm512_fmadd_ps(own, _mm512_set1_ps(scale), _mm512_set1_ps(less));
 }
 
-INLINE void tables_of(const Weights *w, const int kind, long row, Groups range, long chunks, __m512i *out) {
+/* What chunks of 32 channels of a row need: tables for channels 0-15 and 16-31 of each, or, of
+   forms without a table, scales of its pairs of channels. Groups are multiples of 16. */
+INLINE void tables(const Weights *w, long row, Groups range, long chunks, __m512i *out) {
   const long group = w->group;
   long g = range.first, left = range.left;
 #define NEXT(size) left -= size; if (!left) { left = group; g += g < range.last; }
   if (FORM == WHOLE8 || FORM == 6 || FORM == E4M3) {
     for (long c = 0; c < chunks; c++) {
       float a, b, less;
-      decode(w, kind, row, g, &a, &less);
+      decode(w, row, g, &a, &less);
       NEXT(16)
-      decode(w, kind, row, g, &b, &less);
+      decode(w, row, g, &b, &less);
       NEXT(16)
       out[c] = (__m512i)_mm512_insertf32x8(_mm512_set1_ps(a), _mm256_set1_ps(b), 1);
     }
+  } else if (KIND == SHIFT && group == 16) { /* a byte is a chunk's: shifts add to exponents */
+    const __m512 plain = _mm512_loadu_ps(w->levels);
+    const __m512i levels = joined(plain, plain), half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
+    const __mmask32 some = _mm512_test_epi16_mask(levels, levels);
+    const int8_t *shifts = (const int8_t *)w->scale + row * ((w->groups + 1) / 2);
+    for (long c = 0; c < chunks; c++) {
+      const __m512i own = _mm512_srlv_epi16(_mm512_set1_epi8(shifts[(g + 2 * c < range.last ? g + 2 * c : range.last) / 2]), half);
+      const __m512i up = _mm512_slli_epi16(_mm512_and_si512(own, _mm512_set1_epi16(15)), 7);
+      out[c] = _mm512_mask_add_epi16(levels, some, levels, up);
+    }
   } else if (group % 32 == 0) {
     for (long c = 0; c < chunks; left = group, g += g < range.last) {
-      const __m512 t = levels_of(w, kind, row, g, 0);
-      const __m512i both = joined(t, FORM == 5 ? levels_of(w, kind, row, g, 16) : t);
+      const __m512 t = levels_of(w, row, g, 0);
+      const __m512i both = joined(t, FORM == 5 ? levels_of(w, row, g, 16) : t);
       for (; left && c < chunks; left -= 32, c++) out[c] = both;
     }
   } else {
     for (long c = 0; c < chunks; c++) {
-      const __m512 t = levels_of(w, kind, row, g, 0);
+      const __m512 t = levels_of(w, row, g, 0);
       NEXT(16)
-      out[c] = joined(t, levels_of(w, kind, row, g, 0));
+      out[c] = joined(t, levels_of(w, row, g, 0));
       NEXT(16)
     }
-  }
-}
-
-/* What chunks of 32 channels of a row need: tables for channels 0-15 and 16-31 of each, or, of
-   forms without a table, scales of its pairs of channels. Groups are multiples of 16. */
-static __attribute__((noinline)) void tables(const Weights *w, long row, Groups range, long chunks,
-                                             __m512i *out) {
-  switch (w->kind) {
-    case PLAIN: tables_of(w, PLAIN, row, range, chunks, out); break;
-    case DOUBLE: tables_of(w, DOUBLE, row, range, chunks, out); break;
-    case SHIFT: tables_of(w, SHIFT, row, range, chunks, out); break;
-    case BILEVEL: tables_of(w, BILEVEL, row, range, chunks, out); break;
-    case SUMS: tables_of(w, SUMS, row, range, chunks, out); break;
-    case BLOCKS: tables_of(w, BLOCKS, row, range, chunks, out); break;
   }
 }
 
@@ -241,13 +241,12 @@ INLINE int bytes_of(const int form) {
 /* y [count] of one row of W; x [count][padded] */
 INLINE void one_row(const Weights *w, const int form, const int scaling, const int count, long row,
                     const uint16_t *x, float *y) {
-  enum { MORE = 16 };
-  const int apart = count > 4 ? MORE / count : 4; /* sums of a row of x, so that one need not wait for another */
+  enum { APART = 4 }; /* sums of a row of x, so that one need not wait for another */
   const int per = chunks_of(form);
-  __m512 sum[MORE];
+  __m512 sum[FEW * APART];
   __m512i aux[SPAN / 32];
-#pragma GCC unroll 16
-  for (int i = 0; i < MORE; i++) sum[i] = _mm512_setzero_ps();
+#pragma GCC unroll 8
+  for (int i = 0; i < FEW * APART; i++) sum[i] = _mm512_setzero_ps();
   const uint8_t *at = w->words + row * w->row_bytes;
   for (long start = 0; start < w->padded; start += SPAN) {
     const long chunks = (w->padded - start < SPAN ? w->padded - start : SPAN) / 32;
@@ -258,9 +257,9 @@ INLINE void one_row(const Weights *w, const int form, const int scaling, const i
   {                                                                                            \
     __m512i v = chunk(form, at, (j), aux[c + (j)]);                                            \
     if (scaling) v = scaled(v, (__m512)aux[c + (j)]);                                          \
-    _Pragma("GCC unroll 8") for (int i = 0; i < count; i++) {                                  \
+    _Pragma("GCC unroll 2") for (int i = 0; i < count; i++) {                                  \
       const __m512bh own = (__m512bh)_mm512_loadu_si512(here + i * w->padded + 32 * (j));      \
-      sum[i * apart + (j) % apart] = _mm512_dpbf16_ps(sum[i * apart + (j) % apart], (__m512bh)v, own); \
+      sum[i * APART + (j) % APART] = _mm512_dpbf16_ps(sum[i * APART + (j) % APART], (__m512bh)v, own); \
     }                                                                                          \
   }
       FOUR(ADD, 0)
@@ -268,11 +267,11 @@ INLINE void one_row(const Weights *w, const int form, const int scaling, const i
       if (per > 8) { FOUR(ADD, 8) FOUR(ADD, 12) }
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 2
   for (int i = 0; i < count; i++) {
-    __m512 all = sum[i * apart];
-#pragma GCC unroll 4
-    for (int j = 1; j < apart; j++) all = _mm512_add_ps(all, sum[i * apart + j]);
+    __m512 all = sum[i * APART];
+#pragma GCC unroll 3
+    for (int j = 1; j < APART; j++) all = _mm512_add_ps(all, sum[i * APART + j]);
     y[i] = _mm512_reduce_add_ps(all);
   }
 }
@@ -289,7 +288,7 @@ INLINE uint16_t narrow(float v) {
 }
 
 INLINE void few_rows(const Weights *w, const int form, const int scaling, const int count,
-                     const uint16_t *x, long m0, uint16_t *y) {
+                     const uint16_t *x, uint16_t *y) {
 #pragma omp for schedule(static)
   for (long row = 0; row < w->n; row++) {
     float sum[FEW];
@@ -299,17 +298,14 @@ INLINE void few_rows(const Weights *w, const int form, const int scaling, const 
         for (int i = 0; i < count; i++) sum[i] += half(w->delta[p]) * wide(x[i * w->padded + w->place[p]]);
     const float scale = w->row_scale ? w->row_scale[row * w->row_step] : 1;
     for (int i = 0; i < count; i++)
-      y[i * w->n + row] = narrow(sum[i] * scale * (w->token_scale ? w->token_scale[m0 + i] : 1));
+      y[i * w->n + row] = narrow(sum[i] * scale * (w->token_scale ? w->token_scale[i] : 1));
   }
 }
 
 INLINE void few(const Weights *w, const int form, const int scaling, long m, const uint16_t *x,
                 uint16_t *y) {
-  long i = 0;
-  for (; i + 8 <= m; i += 8) few_rows(w, form, scaling, 8, x + i * w->padded, i, y + i * w->n);
-  if (i + 4 <= m) { few_rows(w, form, scaling, 4, x + i * w->padded, i, y + i * w->n); i += 4; }
-  if (i + 2 <= m) { few_rows(w, form, scaling, 2, x + i * w->padded, i, y + i * w->n); i += 2; }
-  if (i < m) few_rows(w, form, scaling, 1, x + i * w->padded, i, y + i * w->n);
+  if (m == 1) few_rows(w, form, scaling, 1, x, y);
+  if (m == 2) few_rows(w, form, scaling, 2, x, y);
 }
 
 /* ---- many rows of x -------------------------------------------------------------------------- */
@@ -446,16 +442,16 @@ static __attribute__((noinline)) void arrange(const Weights *w, const uint16_t *
 }
 
 /* x [m][k] bf16, spare [m][padded] -> y [m][n] bf16 */
-void table_product(const Weights *w, const uint16_t *x, uint16_t *spare, long m, long most_few,
-                   uint16_t *y, int threads) {
-  const int direct = m <= most_few;
+void table_product(const Weights *w, const uint16_t *x, uint16_t *spare, long m, uint16_t *y,
+                   int threads) {
+  const int direct = m <= FEW;
 #pragma omp parallel num_threads(threads)
   {
     arrange(w, x, m, direct ? w->padded : STEP, spare);
 #define RUN(scaling)                                \
   if (direct) few(w, FORM, scaling, m, spare, y);   \
   else many(w, FORM, scaling, m, spare, y);
-    if (FORM == E4M3 && w->kind != NONE) {
+    if (FORM == E4M3 && KIND != NONE) {
       RUN(FORM == E4M3)
     } else {
       RUN(0)

@@ -32,9 +32,9 @@ from kernels.workspace import WORKSPACES
 CHUNK = 32  # channels that fill a register of bf16
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}  # bits of planes, low first
 E4M3 = 9  # the form of codes that are e4m3 numbers; other forms are bits
-MOST_FEW = 4  # rows of x multiplied without expanding 64 rows of W in memory
 PLAIN, DOUBLE, SHIFT, BILEVEL, SUMS, BLOCKS, NONE = range(7)  # kinds of parameters, as in C
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+ABSENT = 3
 UNIT = 16  # channels with a table of their own at least
 
 
@@ -101,8 +101,7 @@ class Weights(ctypes.Structure):
         *(
             (name, ctypes.c_long)
             for name in (
-                *("n", "k", "padded", "row_bytes", "group", "groups", "row_step"),
-                *("kind", "type", "more_type", "extra", "bits"),
+                *("n", "k", "padded", "row_bytes", "group", "groups", "row_step", "extra"),
             )
         ),
     ]
@@ -135,33 +134,30 @@ class Table:
     extra: int = 0
 
 
-def native(form: int) -> ctypes.CDLL | None:
-    """table_cpu.c for a form of codes, None where it does not compile or would be wrong."""
-    return built(form) if enough() else None
-
-
 @lru_cache(maxsize=1)
 def enough() -> bool:
-    """True if this CPU and a compiler make the product: tried with the form that all share."""
-    return built(4) is not None
+    """True if this CPU and a compiler make the product: tried with one kind of table."""
+    return built(4, PLAIN, 0, ABSENT) is not None
 
 
-@lru_cache(maxsize=16)
-def built(form: int) -> ctypes.CDLL | None:
-    """The C for one form of codes."""
-    compiled = library(Path(__file__).with_suffix(".c"), f"-DFORM={form}")
+@lru_cache(maxsize=32)
+def built(form: int, kind: int, kind_type: int, more_type: int) -> ctypes.CDLL | None:
+    """The C for one form of codes and one kind of parameters in their types."""
+    known = {"FORM": form, "KIND": kind, "TYPE": kind_type, "MORE_TYPE": more_type}
+    flags = (f"-D{name}={value}" for name, value in known.items())
+    compiled = library(Path(__file__).with_suffix(".c"), *flags)
     if compiled is not None:
         place, size = ctypes.c_void_p, ctypes.c_long
         compiled.table_product.argtypes = [
-            *(ctypes.POINTER(Weights), place, place, size, size, place, ctypes.c_int)
+            *(ctypes.POINTER(Weights), place, place, size, place, ctypes.c_int)
         ]
         compiled.table_product.restype = None
     return compiled
 
 
-def ready(form: int, device: torch.device) -> bool:
-    """True if weights of a form should be packed for this product."""
-    return device.type == "cpu" and native(form) is not None
+def ready(device: torch.device) -> bool:
+    """True if weights should be packed for this product."""
+    return device.type == "cpu" and enough()
 
 
 def fits(group: int) -> bool:
@@ -169,9 +165,9 @@ def fits(group: int) -> bool:
     return group % UNIT == 0
 
 
-def takes(x: Tensor, form: int) -> bool:
+def takes(x: Tensor) -> bool:
     """True if C multiplies by this x."""
-    return x.dtype == torch.bfloat16 and native(form) is not None
+    return x.dtype == torch.bfloat16 and enough()
 
 
 def multiply(x: Tensor, table: Table, n: int, token_scale: Tensor | None = None) -> Tensor:
@@ -189,16 +185,14 @@ def multiply(x: Tensor, table: Table, n: int, token_scale: Tensor | None = None)
     for name, tensor in tensors.items():
         setattr(own, name, None if tensor is None else tensor.data_ptr())
     own.n, own.k, own.padded, own.row_bytes = n, k, wide, t.words.shape[1]
-    own.group, own.groups, own.kind = t.group or wide, t.groups, t.kind
+    own.group, own.groups, own.extra = t.group or wide, t.groups, t.extra
     own.row_step = 0 if t.row_scale is None or t.row_scale.numel() == 1 else 1
-    own.type = type_of(t.scale) if t.kind_type is None else t.kind_type
-    own.more_type, own.extra = type_of(t.more), t.extra
-    own.bits = t.form
     spare = WORKSPACES.take("arranged rows", m * wide, x.dtype, x.device)
-    c = native(t.form)
+    kind_type = type_of(t.scale) if t.kind_type is None else t.kind_type
+    c = built(t.form, t.kind, kind_type, type_of(t.more))
     assert c is not None
     how = (ctypes.byref(own), x.data_ptr(), spare.data_ptr())
-    c.table_product(*how, m, MOST_FEW, y.data_ptr(), torch.get_num_threads())
+    c.table_product(*how, m, y.data_ptr(), torch.get_num_threads())
     return y
 
 
@@ -231,4 +225,4 @@ def is_rows(words: Tensor) -> bool:
 
 def type_of(values: Tensor | None) -> int:
     """A parameter's type, as C numbers them."""
-    return 0 if values is None else TYPES.get(values.dtype, 0)
+    return ABSENT if values is None else TYPES.get(values.dtype, 0)

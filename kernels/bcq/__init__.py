@@ -112,7 +112,7 @@ class BCQ:
                 return replace(packed, weight={**weight, "as": {**form, "kernel": kernel.name}})
         groups = -(-k // weight["group"]) if weight["group"] else 1
         alpha = params["alpha"].expand(n, groups, weight["bits"])
-        if ready(weight["bits"], codes.device):
+        if ready(codes.device):
             held = {"words": pack_rows(codes, weight["bits"]), "alphas": alpha.contiguous()}
             if "offset" in params:
                 held["offsets"] = params["offset"].expand(n, groups).contiguous()

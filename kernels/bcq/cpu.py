@@ -39,7 +39,7 @@ def by_rows(
 ) -> Tensor:
     """The same of table_cpu's rows; alphas [n, G, bits], offsets [n, G]."""
     form = alphas.shape[2]
-    if takes(x, form):
+    if takes(x):
         return by_table(
             x, Table(words, form, SUMS, group, alphas.shape[1], scale=alphas, more=offsets), n
         )

@@ -107,7 +107,7 @@ class Codebook:
         self, codes: Tensor, params: Mapping[str, Tensor], weight: Json, act: Json | None
     ) -> Packed:
         n, k = codes.shape
-        if ready(4, codes.device):
+        if ready(codes.device):
             held = {
                 "words": pack_rows(codes, 4),
                 "scales": params["scale"].contiguous(),

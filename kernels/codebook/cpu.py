@@ -58,7 +58,7 @@ def by_rows(
     group: int,
 ) -> Tensor:
     """The same of table_cpu's rows, levels those of codes; scales [n, G]."""
-    if takes(x, 4):
+    if takes(x):
         table = Table(words, 4, PLAIN, group, scales.shape[1], levels, scales)
         if second is not None:
             table.kind, table.more, table.low = DOUBLE, second, dynamic8()

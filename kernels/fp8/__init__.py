@@ -18,6 +18,7 @@ from torch.nn import functional
 from kernels import ops
 from kernels.base import Case, Json, Packed
 from kernels.quantize import e4m3_rows_reference
+from kernels.round_cpu import e4m3_rows
 from kernels.table_cpu import E4M3, NONE, PLAIN, Table, takes
 from kernels.table_cpu import multiply as by_table
 from kernels.table_cpu import padded as whole_blocks
@@ -133,7 +134,7 @@ def _cpu(
 ) -> Tensor:
     """Weights expanded in bf16 for bf16 activations, else in fp32, into memory used again."""
     (m, k), (n, width) = x.shape, codes.shape
-    if width == whole_blocks(k, E4M3) and takes(x, E4M3):
+    if width == whole_blocks(k, E4M3) and takes(x):
         return _by_table(x, codes, scale, group, rounded, scale_dtype, shared)
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     token_scale = None
@@ -171,6 +172,8 @@ def _by_table(
         own = Table(codes, E4M3, PLAIN, group, scale.shape[1], scale=scale)
     if not rounded:
         return by_table(x, own, n)
+    if (done := e4m3_rows(x, scale_dtype, shared)) is not None:
+        return by_table(done[0], own, n, done[1])
     rows, token_scale = e4m3_rows_reference(x, width, scale_dtype, shared)
     return by_table(expanded(rows, torch.bfloat16), own, n, token_scale.contiguous())
 

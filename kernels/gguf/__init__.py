@@ -74,7 +74,7 @@ class GGUFKernel:
         n, k = codes.shape
         kept = {name: params[name].contiguous() for name in NAMES if name in params}
         kind = TYPES[weight["type"]]
-        if ready(kind.bits, codes.device):
+        if ready(codes.device):
             planes = pack_rows(codes, kind.bits).view(torch.int16)  # bytes are planes
         else:
             planes = pack_planes(codes, kind)
@@ -217,7 +217,7 @@ def by_rows(
 ) -> Tensor:
     """The product of table_cpu's rows."""
     kind, k = TYPES[type], x.shape[1]
-    if takes(x, kind.bits):
+    if takes(x):
         words, groups = planes.view(torch.uint8), k // kind.sub
         own = Table(words, kind.bits, PLAIN, kind.sub, groups, level_table(kind), d, zero_d)
         if scale is not None:

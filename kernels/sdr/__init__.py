@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from kernels import ops
 from kernels.base import Case, Json, Packed
+from kernels.round_cpu import sdr_rows
 from kernels.sdr.activations import bytes_of, integers, one_byte, sdr_format
 from kernels.sdr.layout import MIDDLE, Layout, flat, ordered, pack, tiled, unit_of, unpack
 from kernels.table_cpu import (
@@ -94,7 +95,7 @@ class SDRKernel:
         shift = params.get("shift")
         if shift is None:  # bits = base_bits: nothing is cut
             shift = torch.zeros(n, 1, dtype=torch.uint8, device=codes.device)
-        if ready(4, codes.device) and fits(weight["group"]):
+        if ready(codes.device) and fits(weight["group"]):
             around = codes + (MIDDLE - 2 ** (weight["bits"] - 1))
             even = functional.pad(shift, (0, shift.shape[1] % 2))
             tensors = {
@@ -269,11 +270,12 @@ def by_rows(
 ) -> Tensor:
     """The same of table_cpu's rows: in C for bf16, which holds inputs of 8 bits exactly."""
     k, n = x.shape[1], len(scale)
+    table = Table(words, 4, SHIFT, group, -(-k // group), LEVELS, shifts, row_scale=scale)
+    if takes(x):
+        rounded = (x, None) if act is None else sdr_rows(x, act)
+        if rounded is not None:
+            return by_table(rounded[0], table, n, rounded[1])
     q, x_scale = (x, None) if act is None else integers(x, act)
-    if takes(x, 4):
-        table = Table(words, 4, SHIFT, group, -(-k // group), LEVELS, shifts, row_scale=scale)
-        told = None if x_scale is None else x_scale.flatten()
-        return by_table(q.to(x.dtype), table, n, told)
     parts: tuple[Tensor, ...] = (q.to(x.dtype),)
     if act is not None and x.dtype != torch.bfloat16:
         parts = (q.to(torch.int8),) if one_byte(act) else bytes_of(q)

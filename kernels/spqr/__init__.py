@@ -91,7 +91,7 @@ class SpQRKernel:
     ) -> Packed:
         """words, stats and ends as in layout.py, order and unit; ptr, column and delta."""
         n, k = codes.shape
-        if ready(weight["bits"], codes.device) and by_row.fits(weight, n, k):
+        if ready(codes.device) and by_row.fits(weight, n, k):
             return Packed(by_row.pack(codes, params, weight), n, k, weight, act)
         order = column_order(params.get("column_group"), k).to(codes.device)
         tensors = pack(codes, params, weight, order)

@@ -107,7 +107,7 @@ def placed(w: Tensor, held: Mapping[str, Tensor], k: int) -> Tensor:
 def multiply(x: Tensor, held: Mapping[str, Tensor], form: Json, n: int) -> Tensor:
     """x [m, k] -> [m, n] in x's dtype."""
     k, bits, order = x.shape[1], form["bits"], held["order"]
-    if takes(x, bits):
+    if takes(x):
         table = Table(
             held["words"],
             bits,

@@ -159,3 +159,7 @@ def test_what_it_refuses():
     for group, k in ((6, 48), (32, 48)):
         why = str(KERNEL.why_not(int_format(bits=8, group=group), act, cpu, 8, k))
         assert why == f"group {group} must divide the {k} input channels and be a multiple of 4"
+
+
+def test_no_rows():
+    assert through(torch.ones(0, 40), byte_cpu.grid_of(GRIDS[6])).shape == (0, 40)
