@@ -15,17 +15,45 @@ from results_db import queries
 from results_db.store import Store
 
 DENSE = "bf16"
+ATTENTION = ("kv_decode", "sdpa")  # no products with weights: on packed caches, and on bf16
+COMPARED = (DENSE, "sdpa")  # what the others are compared with
 VALUE_BYTES = 2  # of x and y
 CAPITALS = ("int", "codebook", "minifloat")  # formats whose names are written in capitals
 SWITCHES = {"symmetric": "sym", "double_quant": "double"}
 
 
 def of_job(store: Store, picks: Picks) -> pd.DataFrame:
-    """Rows of the chosen bench job, the newest without a choice, with names and derived numbers.
+    """Products of the chosen bench job, the newest without a choice, with derived numbers.
 
     `format`: the product in words; `shape`: "n x k"; `bytes` that must move; `tflops` and `gbps`
     achieved; `intensity` in FLOP per byte. `attrs`: job, device, ceilings.
     """
+    table = all_of_job(store, picks)
+    table = table[~table["kernel"].isin(ATTENTION)].reset_index(drop=True)
+    table["shape"] = table["n"].astype(str) + "x" + table["k"].astype(str)
+    moved = VALUE_BYTES * table["m"] * (table["n"] + table["k"])
+    table["bytes"] = table["weight_bytes"] + moved
+    table["intensity"] = 2.0 * table["m"] * table["n"] * table["k"] / table["bytes"]
+    seconds = table["median_ms"].astype(float) / 1e3
+    table["tflops"] = 2e-12 * table["m"] * table["n"] * table["k"] / seconds
+    table["gbps"] = 1e-9 * table["bytes"] / seconds
+    return table
+
+
+def attention_of_job(store: Store, picks: Picks) -> pd.DataFrame:
+    """Decode attention of the chosen bench job: m sequences, `shape` tokens of each in the cache.
+
+    `gbps`: bytes of the cache a second; what else moves is little.
+    """
+    table = all_of_job(store, picks)
+    table = table[table["kernel"].isin(ATTENTION)].reset_index(drop=True)
+    table["shape"] = table["n"].astype(str)
+    table["gbps"] = 1e-6 * table["weight_bytes"] / table["median_ms"].astype(float)
+    return table
+
+
+def all_of_job(store: Store, picks: Picks) -> pd.DataFrame:
+    """Rows of the chosen bench job with their `format` in words. `attrs`: job, device, ceilings."""
     jobs = queries.kernel_jobs(store)
     known = jobs["job_id"].tolist()
     job = picks.id if picks.id in known else (known[0] if known else "")
@@ -34,13 +62,6 @@ def of_job(store: Store, picks: Picks) -> pd.DataFrame:
         named(kernel, json.loads(weight), json.loads(act))
         for kernel, weight, act in zip(table["kernel"], table["weight"], table["act"], strict=True)
     ]
-    table["shape"] = table["n"].astype(str) + "x" + table["k"].astype(str)
-    moved = VALUE_BYTES * table["m"] * (table["n"] + table["k"])
-    table["bytes"] = table["weight_bytes"] + moved
-    table["intensity"] = 2.0 * table["m"] * table["n"] * table["k"] / table["bytes"]
-    seconds = table["median_ms"].astype(float) / 1e3
-    table["tflops"] = 2e-12 * table["m"] * table["n"] * table["k"] / seconds
-    table["gbps"] = 1e-9 * table["bytes"] / seconds
     chosen = jobs[jobs["job_id"] == job]
     device = str(chosen["device"].iloc[0]) if len(chosen) else ""
     table.attrs = {"job": job, "device": device, "ceilings": queries.ceilings(store, job)}

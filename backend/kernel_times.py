@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     import torch
 
     from backend.spec import BenchSpec
-    from kernels.bench import Row
+    from kernels.contest import Row
 
 Emit = Callable[..., None]
 
 
 def known() -> list[str]:
-    """Names of all kernels."""
-    from kernels.base import kernels
+    """Names of everything that is timed."""
+    from kernels.bench import known as names
 
-    return list(kernels())
+    return names()
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -85,19 +85,17 @@ def measure(spec: BenchSpec, *, device: str, emit: Emit, should_stop: Callable[[
 
 def parts(wanted: Wanted, device: torch.device) -> Iterator[tuple[float, str, Iterator[Row]]]:
     """(share done, what comes, its rows) of each weight; the device's ceilings first."""
-    from kernels.bench import measure as measure_one
-    from kernels.bench import plan, words
+    from kernels.bench import parts as to_time
     from kernels.ceilings import ceilings
 
-    todo = plan(wanted.names, wanted.shapes, device)
+    todo = to_time(wanted.names, wanted.shapes, wanted.rows, device)
     if not todo:
         raise ValueError(
             f"none of {', '.join(wanted.names)} takes these shapes on {device.type}; choose others"
         )
     yield 0.0, "what the device can do at best", ceilings(device)
-    for at, (kernel, case) in enumerate(todo, 1):
-        item = f"{kernel.name}, {words(case.weight, case.act)}, {case.n} x {case.k}"
-        yield at / (len(todo) + 1), item, measure_one(kernel, case, wanted.rows, device)
+    for at, part in enumerate(todo, 1):
+        yield at / (len(todo) + 1), part.about, part.rows()
 
 
 def emit_row(emit: Emit, row: Row) -> None:
@@ -123,6 +121,6 @@ def device_name(device: torch.device) -> str:
 
 def line(row: Row) -> str:
     """A row of a job, as JSON data, for people."""
-    from kernels.bench import line as told
+    from kernels.contest import line as told
 
     return told(row)

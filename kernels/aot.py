@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -146,15 +146,42 @@ def read_code(text: str) -> Code:
     return Code(tuple(code), longest_loop(code, labels))
 
 
-def longest_loop(code: list[str], labels: Mapping[str, int]) -> tuple[str, ...]:
-    """The instructions between a label and the furthest jump back to it."""
-    best: tuple[str, ...] = ()
-    for at, instruction in enumerate(code):
-        jump = re.search(r"\bBRA\S*\s+.*?(\.L_x_\d+)", instruction)
-        start = labels.get(jump[1], at) if jump else at
-        if at + 1 - start > max(len(best), 1):
-            best = tuple(code[start : at + 1])
-    return best
+def longest_loop(code: Sequence[str], labels: Mapping[str, int]) -> tuple[str, ...]:
+    """The instructions of the longest loop, in order; its head is the only way in.
+
+    So what waits past the end of a program and jumps back into its middle makes no loop of both.
+    """
+    after = [successors(code, labels, at) for at in range(len(code))]
+    before: list[list[int]] = [[] for _ in code]
+    for at, following in enumerate(after):
+        for other in following:
+            before[other].append(at)
+    best: set[int] = set()
+    for at, following in enumerate(after):
+        head = min(following, default=at + 1)
+        if head <= at and at not in reached(after, 0, past=head):
+            best = max(best, reached(before, at, past=head) | {head}, key=len)
+    return tuple(code[at] for at in sorted(best)) if len(best) > 1 else ()
+
+
+def successors(code: Sequence[str], labels: Mapping[str, int], at: int) -> list[int]:
+    """Where the program can be after instruction `at`."""
+    name, target = opcode(code[at]), re.search(r"\(?(\.L_x_\d+)", code[at])
+    found = [labels[target[1]]] if name.startswith("BRA") and target else []
+    ends = not code[at].startswith("@") and (name == "EXIT" or re.match(r"BRA\s+`", code[at]))
+    return found if ends or at + 1 == len(code) else [*found, at + 1]
+
+
+def reached(ways: Sequence[Sequence[int]], start: int, past: int) -> set[int]:
+    """Instructions on any way from `start` that does not lead through `past`."""
+    seen: set[int] = set()
+    todo = [start]
+    while todo:
+        at = todo.pop()
+        if at not in seen and at != past:
+            seen.add(at)
+            todo += ways[at]
+    return seen
 
 
 def opcode(instruction: str) -> str:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from torch.nn import functional
 
 from kernels.base import Case, Json, Kernel, Packed, kernels
 from kernels.ceilings import ceilings
+from kernels.contest import DENSE, Contender, Row, contest, line, relative_error, words
+from kernels.kv_decode import bench as attention
 from kernels.peers import peers
-from kernels.timing import Call, InTurn, Timing, interleaved, replayed
+from kernels.timing import InTurn, copies
 
-Row = dict[str, Any]
 Shape = tuple[int, int]  # n, k
 
 LLAMA: tuple[Shape, ...] = ((4096, 4096), (6144, 4096), (14336, 4096), (4096, 14336))
@@ -33,13 +35,21 @@ PUBLISHED: tuple[Shape, ...] = (  # of LUT-GEMM's table
 QUICK: tuple[Shape, ...] = ((4096, 4096), (14336, 4096))
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 QUICK_ROWS = (1, 8, 64)
-COLD_BYTES = {"cpu": 130_000_000, "cuda": 256_000_000}  # weights rotate through this much
-MOST_COPIES = {"cpu": 32, "cuda": 256}  # on the CPU more would not get a turn
-MAX_ERROR = 1e-2  # max |y - reference| / max |reference|: bf16 rounding is 3e-3
 TELLING = ("kind", "type", "table", "double_quant", "bits", "beside", "bucket", "outliers")
-ATTEMPTS = 3  # at steady times
-DENSE = "bf16"  # the product that all are compared with
 GROUP = 128  # of an int format with groups, as published tables have it
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that are timed together."""
+
+    about: str  # for people
+    rows: Callable[[], Iterator[Row]]
+
+
+def known() -> list[str]:
+    """Names of everything that is timed: the kernels of products, and decode attention."""
+    return [*kernels(), attention.NAME]
 
 
 def here() -> torch.device:
@@ -75,10 +85,28 @@ def plan(names: Sequence[str], shapes: Sequence[Shape], device: torch.device) ->
     """Every weight to be timed, each at all m."""
     return [
         (kernel, replace(case, n=n, k=k))
-        for kernel in (kernels()[name] for name in names)
+        for kernel in (kernels()[name] for name in names if name in kernels())
         for case in settings(kernel, device)
         for n, k in shapes
         if kernel.why_not(case.weight, case.act, device, n, k) is None
+    ]
+
+
+def parts(
+    names: Sequence[str], shapes: Sequence[Shape], rows: Sequence[int], device: torch.device
+) -> list[Part]:
+    """Everything to be timed. Attention has sizes of its own: shapes are those of weights."""
+    weights = [
+        Part(
+            f"{kernel.name}, {words(case.weight, case.act)}, {case.n} x {case.k}",
+            partial(measure, kernel, case, rows, device),
+        )
+        for kernel, case in plan(names, shapes, device)
+    ]
+    caches = attention.PLACES[device.type] if attention.NAME in names else ()
+    return weights + [
+        Part(f"{attention.NAME}, {m} x {n} tokens", partial(attention.measure, m, n, device))
+        for m, n in caches
     ]
 
 
@@ -88,11 +116,11 @@ def bench(
     rows: Sequence[int] = QUICK_ROWS,
     device: torch.device | None = None,
 ) -> Iterator[Row]:
-    """Rows of the named kernels, one by one; first the device's ceilings."""
+    """Rows of what is named, one by one; first the device's ceilings."""
     device = device or here()
     yield from ceilings(device)
-    for kernel, case in plan(names, shapes, device):
-        yield from measure(kernel, case, rows, device)
+    for part in parts(names, shapes, rows, device):
+        yield from part.rows()
 
 
 @torch.no_grad()
@@ -104,51 +132,18 @@ def measure(kernel: Kernel, case: Case, rows: Sequence[int], device: torch.devic
     dense = copies(w, Tensor.clone, 2 * w.numel(), device)
     for m in rows:
         at = replace(case, m=m)
+        plain = replace(at, weight={"kind": DENSE}, act=None)
         source = torch.Generator().manual_seed(m)
         x = torch.randn(m, case.k, generator=source).to(device, torch.bfloat16)
         error = relative_error(kernel.matmul(x, packed), kernel.reference(x, packed))
-        if not error <= MAX_ERROR:
-            yield row(kernel.name, at, device, error, packed.nbytes(), None, None)
-            continue
-        calls: dict[str, Call] = {
-            kernel.name: InTurn(kernel.matmul, x, held),
-            DENSE: InTurn(functional.linear, x, dense),
-        }
-        others = {peer.name: peer for peer in peers(at, w, device)}
-        for name, peer in others.items():
+        own = InTurn(kernel.matmul, x, held)
+        rivals = [Contender(kernel.name, at, own, packed.nbytes(), error)]
+        for peer in peers(at, w, device):
             taken = copies(peer.held, peer.clone, peer.bytes, device)
-            calls[name] = InTurn(peer.product, x, taken)
-        times, launched = timed(calls, device)
-        bf16 = times.pop(DENSE)
-        plain = replace(at, weight={"kind": DENSE}, act=None)
-        yield row(DENSE, plain, device, 0.0, 2 * w.numel(), bf16, bf16)
-        for name, own in times.items():
-            known = name == kernel.name
-            told = row(
-                name,
-                at,
-                device,
-                error if known else others[name].error(x),
-                packed.nbytes() if known else others[name].bytes,
-                own,
-                bf16,
-            )
-            yield told | {"eager_ms": launched[name].median_ms if launched else None}
-
-
-def timed(
-    calls: Mapping[str, Call], device: torch.device
-) -> tuple[dict[str, Timing], dict[str, Timing] | None]:
-    """Times from graphs, and with launches, on a GPU; on the CPU there is one kind.
-
-    Again where they are unsteady, and after some attempts as they are.
-    """
-    measure = interleaved if device.type == "cpu" else replayed
-    for _ in range(ATTEMPTS):
-        times = measure(calls)
-        if all(own.steady for own in times.values()):
-            break
-    return times, None if device.type == "cpu" else interleaved(calls, device=device.type)
+            call = InTurn(peer.product, x, taken)
+            rivals.append(Contender(peer.name, at, call, peer.bytes, peer.error(x)))
+        linear = InTurn(functional.linear, x, dense)
+        yield from contest(Contender(DENSE, plain, linear, 2 * w.numel()), rivals, device)
 
 
 def example(kernel: Kernel, case: Case, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
@@ -157,91 +152,14 @@ def example(kernel: Kernel, case: Case, device: torch.device) -> tuple[Tensor, d
     return codes.to(device), {name: value.to(device) for name, value in params.items()}
 
 
-def copies(one: Any, clone: Any, size: int, device: torch.device) -> list[Any]:
-    """So many that each is cold when its turn comes."""
-    count = min(MOST_COPIES[device.type], 1 + COLD_BYTES[device.type] // max(size, 1))
-    return [one, *(clone(one) for _ in range(count - 1))]
-
-
 def clone(packed: Packed) -> Packed:
     """The same weights in memory of their own."""
     return replace(packed, tensors={name: t.clone() for name, t in packed.tensors.items()})
 
 
-def relative_error(y: Tensor, reference: Tensor) -> float:
-    """max |y - reference| / max |reference|."""
-    return float((y.float() - reference).abs().max() / reference.abs().max())
-
-
-def row(
-    name: str,
-    case: Case,
-    device: torch.device,
-    error: float,
-    size: int,
-    own: Timing | None,
-    dense: Timing | None,
-) -> Row:
-    """What is reported of one product; `size`: bytes of its weights as they are held.
-
-    A wrong product has no time, and an unsteady time is compared with nothing.
-    """
-    steady = own.steady and dense.steady if own and dense else None
-    return {
-        "kernel": name,
-        "device": device.type,
-        "m": case.m,
-        "n": case.n,
-        "k": case.k,
-        "weight": dict(case.weight),
-        "act": dict(case.act) if case.act else None,
-        "weight_bytes": size,
-        "max_rel_err": error,
-        "correct": error <= MAX_ERROR,
-        "median_ms": own.median_ms if own else None,
-        "p20_ms": own.p20_ms if own else None,
-        "p80_ms": own.p80_ms if own else None,
-        "ratio_to_bf16": dense.median_ms / own.median_ms if own and dense and steady else None,
-        "steady": steady,
-        "eager_ms": None,
-    }
-
-
-def line(told: Row) -> str:
-    """One row for people."""
-    if "ceiling" in told:
-        return f"{told['ceiling']}: {told['value']:.4g} {told['unit']}"
-    at = f"m={told['m']} n={told['n']} k={told['k']}"
-    about = f"{told['kernel']} {words(told['weight'], told['act'])} {at}"
-    if not told["correct"]:
-        return f"{about}: wrong by {told['max_rel_err']:.2g}, not timed"
-    spread = f"{told['median_ms']:.3f} ms ({told['p20_ms']:.3f}-{told['p80_ms']:.3f})"
-    if not told["steady"]:
-        return f"{about}: {spread}, unsteady: no result"
-    return f"{about}: {spread}, {told['ratio_to_bf16']:.2f}x bf16"
-
-
-def words(weight: Json, act: Json | None) -> str:
-    """`int4 g128, int8 activations`."""
-    told = form_words(weight)
-    group = f" g{weight['group']}" if weight.get("group") else ""
-    beside = "".join(f", {name}" for name in weight.get("beside", ()))
-    rounds = f", {form_words(act)} activations" if act else ""
-    return told + group + beside + rounds
-
-
-def form_words(form: Json) -> str:
-    """`int4`, `nf4 double`, `Q8_0`, `llm_int8 int8 outliers`: a format without its group."""
-    named = form.get("type") or form.get("table")
-    told = str(named) if named else f"{form['kind']}{form.get('bits', '')}"
-    if form["kind"] == "llm_int8":
-        told = f"{form['kind']} {form['outliers']} outliers"
-    return told + (" double" if form.get("double_quant") else "")
-
-
 if __name__ == "__main__":
     found = []
-    for told in bench(sys.argv[1:] or list(kernels())):
+    for told in bench(sys.argv[1:] or known()):
         print(line(told), flush=True)
         found.append(told)
     print(json.dumps({"rows": found}))

@@ -1,8 +1,9 @@
-"""Products that PyTorch itself offers for low bits on a GPU, timed beside ours in the same run."""
+"""Low-bit products of PyTorch and bitsandbytes on a GPU, timed beside ours in the same run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor
 
 from kernels.base import Case
+from kernels.contest import relative_error
+from kernels.timing import captured
 
 GROUP = 128
 
-
-Held = tuple[Tensor, ...]
+Held = tuple[Any, ...]  # tensors, or objects of the library that hold some
 
 
 @dataclass(frozen=True)
@@ -25,47 +27,57 @@ class Peer:
     held: Held  # its weights
     product: Callable[[Tensor, Held], Tensor]
     exact: Callable[[Tensor], Tensor]  # what it should be, in fp32
-
-    @property
-    def bytes(self) -> int:
-        """Of its weights."""
-        return sum(t.numel() * t.element_size() for t in self.held)
+    bytes: int  # of its weights
 
     @staticmethod
     def clone(held: Held) -> Held:
         """The same weights in memory of their own."""
-        return tuple(t.clone() for t in held)
+        return deepcopy(held)
 
     def error(self, x: Tensor) -> float:
         """max |y - exact| / max |exact|."""
-        y, exact = self.product(x, self.held).float(), self.exact(x)
-        return float((y - exact).abs().max() / exact.abs().max())
+        return relative_error(self.product(x, self.held), self.exact(x))
 
 
 def peers(case: Case, w: Tensor, device: torch.device) -> Iterator[Peer]:
     """Those of the width of a case; w [n, k] bf16. None on the CPU: our op is PyTorch's there."""
-    if device.type != "cuda" or case.weight["kind"] not in ("int", "minifloat"):
-        return
-    bits = case.weight.get("bits")
-    for wanted, make in (
-        (case.weight["kind"] == "int" and bits == 4 and case.act is None, tinygemm),
-        (case.weight["kind"] == "int" and bits == 8 and case.act is not None, int_mm),
-        (case.weight["kind"] == "minifloat" and case.act is not None, scaled_mm),
-    ):
-        peer = made(make, case, w) if wanted else None
+    for make in makers(case) if device.type == "cuda" else ():
+        peer = made(make, case, w)
         if peer is not None:
             yield peer
 
 
+def makers(case: Case) -> tuple[Callable[[Case, Tensor], Peer], ...]:
+    """What makes the peers of a format."""
+    kind, bits, rounded = case.weight["kind"], case.weight.get("bits"), case.act is not None
+    return {
+        ("int", 4, False): (tinygemm,),
+        ("int", 8, True): (int_mm, bnb_int8),
+        ("minifloat", bits, True): (scaled_mm,),
+        ("codebook", bits, False): (bnb_4bit,),
+        ("llm_int8", bits, False): (bnb_int8,),
+    }.get((kind, bits, rounded), ())
+
+
 def made(make: Callable[[Case, Tensor], Peer], case: Case, w: Tensor) -> Peer | None:
-    """A peer, or None where this build or this card has none or refuses the shape."""
+    """A peer; None where there is no such build or library, or it refuses the card or the shape.
+
+    One that no graph can hold could not be timed as the others are.
+    """
     try:
         peer = make(case, w)
         x = torch.zeros(case.m, case.k, device=w.device, dtype=torch.bfloat16)
         peer.product(x, peer.held)
-    except (RuntimeError, NotImplementedError, AttributeError):
+        if w.is_cuda:
+            captured(lambda number: peer.product(x, peer.held), 1)
+    except (ImportError, RuntimeError, ValueError, AttributeError):
         return None
     return peer
+
+
+def nbytes(*tensors: Tensor) -> int:
+    """Bytes of tensors."""
+    return sum(t.nbytes for t in tensors)
 
 
 def tinygemm(case: Case, w: Tensor) -> Peer:
@@ -84,6 +96,7 @@ def tinygemm(case: Case, w: Tensor) -> Peer:
         (packed, both),
         lambda x, held: torch.ops.aten._weight_int4pack_mm(x, held[0], GROUP, held[1]),
         lambda x: x.float() @ w_hat.T,
+        nbytes(packed, both),
     )
 
 
@@ -107,7 +120,7 @@ def int_mm(case: Case, w: Tensor) -> Peer:
         a, a_scale = rowwise(x, 127)
         return (a.round() * a_scale) @ (codes.float() * scale).T
 
-    return Peer("torch int_mm", (codes, scale), product, exact)
+    return Peer("torch int_mm", (codes, scale), product, exact, nbytes(codes, scale))
 
 
 def scaled_mm(case: Case, w: Tensor) -> Peer:
@@ -126,4 +139,50 @@ def scaled_mm(case: Case, w: Tensor) -> Peer:
         a, a_scale = rowwise(x, 448)
         return (a.to(kind).float() * a_scale) @ (codes.float() * scale).T
 
-    return Peer("torch scaled_mm", (codes, scale), product, exact)
+    return Peer("torch scaled_mm", (codes, scale), product, exact, nbytes(codes, scale))
+
+
+def bnb_4bit(case: Case, w: Tensor) -> Peer:
+    """bitsandbytes' NF4 or FP4 in its own blocks."""
+    import bitsandbytes
+
+    packed, state = bitsandbytes.functional.quantize_4bit(
+        w,
+        blocksize=case.weight["group"],
+        compress_statistics=case.weight["double_quant"],
+        quant_type=case.weight["table"],
+    )
+    w_hat = bitsandbytes.functional.dequantize_4bit(packed, state).float()
+    scales = (state.absmax, *((state.state2.absmax, state.state2.code) if state.nested else ()))
+    return Peer(
+        "bitsandbytes",
+        (packed, state),
+        lambda x, held: bitsandbytes.matmul_4bit(x, held[0].t(), held[1]),
+        lambda x: x.float() @ w_hat.T,
+        nbytes(packed, *scales),
+    )
+
+
+def bnb_int8(case: Case, w: Tensor) -> Peer:
+    """LLM.int8() of bitsandbytes without outliers: it looks for them in every call, on the host.
+
+    It takes and gives fp16, and casts bf16 itself, with a warning each time.
+    """
+    import bitsandbytes
+
+    state = bitsandbytes.MatmulLtState()
+    state.has_fp16_weights = state.is_training = False
+    codes, peak, _ = bitsandbytes.functional.int8_vectorwise_quant(w.half())
+    state.CB, state.SCB = codes, peak  # [n, k] int8, [n] fp32
+
+    def exact(x: Tensor) -> Tensor:
+        a, a_scale = rowwise(x.half(), 127)
+        return (a.round() * a_scale) @ (codes.float() * peak[:, None] / 127).T
+
+    return Peer(
+        "bitsandbytes, no outliers",
+        (state,),
+        lambda x, held: bitsandbytes.matmul(x.half(), held[0].CB, state=held[0]).to(x.dtype),
+        exact,
+        nbytes(codes, peak),
+    )

@@ -12,6 +12,9 @@ import torch
 
 CALLS = 20  # of one function in a CUDA graph, at least
 ROUNDS = 30
+ATTEMPTS = 3  # at steady times
+COLD_BYTES = {"cpu": 130_000_000, "cuda": 256_000_000}  # weights rotate through this much
+MOST_COPIES = {"cpu": 32, "cuda": 256}  # on the CPU more would not get a turn
 
 Call = Callable[[int], object]  # takes the number of the call: which of the copies to use
 
@@ -41,6 +44,27 @@ class Timing:
     def steady(self) -> bool:
         """False where the middle runs differ by more than a tenth: not a result."""
         return self.p80_ms - self.p20_ms <= 0.1 * self.median_ms
+
+
+def copies(one: Any, clone: Callable[[Any], Any], size: int, device: torch.device) -> list[Any]:
+    """So many of `size` bytes that each is cold when its turn comes."""
+    count = min(MOST_COPIES[device.type], 1 + COLD_BYTES[device.type] // max(size, 1))
+    return [one, *(clone(one) for _ in range(count - 1))]
+
+
+def timed(
+    calls: Mapping[str, Call], device: torch.device
+) -> tuple[dict[str, Timing], dict[str, Timing]]:
+    """Times from graphs, and with launches, on a GPU; on the CPU there is one kind, none beside.
+
+    Again where they are unsteady, and after some attempts as they are.
+    """
+    measure = interleaved if device.type == "cpu" else replayed
+    for _ in range(ATTEMPTS):
+        times = measure(calls)
+        if all(own.steady for own in times.values()):
+            break
+    return times, {} if device.type == "cpu" else interleaved(calls, device=device.type)
 
 
 def interleaved(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -32,6 +32,10 @@ ABOUT = (
     "Each number is the time of a bf16 product over that of the packed one, in turn in the same "
     "run, weights cold; a product that is wrong has no time, and a time that is unsteady counts "
     "for nothing."
+)
+CACHES = (
+    "One new token's attention, 32 query heads on 8 of keys and values with 128 channels each: the "
+    "time on a bf16 cache over that on the packed one, in the same way."
 )
 
 
@@ -66,14 +70,15 @@ def build(ctx: Context) -> None:
 def screen(ctx: Context, picks: Picks, trusted: bool = True) -> list[Any]:
     """All parts of the page."""
     found = kernel_rows.of_job(ctx.store, picks)
+    caches = kernel_rows.attention_of_job(ctx.store, picks)
     charts = [
         part
         for name, chart in (("kernel_speed", kernel_speed.CHART), ("roofline", roofline.CHART))
         for part in chart_parts(ctx, chart, name, picks, found)
     ]
     return [
-        header(ctx, picks, found, trusted),
-        times_table(found) if len(found) else "",
+        header(ctx, picks, found, trusted, timed=len(found) + len(caches)),
+        join([products_table(found), caches_table(caches)]),
         *charts,
         published_part(),
     ]
@@ -82,15 +87,18 @@ def screen(ctx: Context, picks: Picks, trusted: bool = True) -> list[Any]:
 # ---- head ----------------------------------------------------------------------------------
 
 
-def header(ctx: Context, picks: Picks, found: pd.DataFrame, trusted: bool) -> Markup:
-    """Headline, conditions, the choice of a job, and the button that starts one."""
+def header(ctx: Context, picks: Picks, found: pd.DataFrame, trusted: bool, *, timed: int) -> Markup:
+    """Headline, conditions, the choice of a job, and the button that starts one.
+
+    found: products, of the `timed` rows that the job has.
+    """
     going = [v for v in ctx.runs.runs() if v.kind == KIND and not v.state.ended]
     failed = [v for v in ctx.runs.runs() if v.kind == KIND and v.run_id == picks.id and v.error]
     button = tag("button", "Time kernels here", class_="button primary", data_act={"do": "bench"})
     start = tag("p", button) if trusted and not going else None
     work = [tag("div", state_of(v), progress(v), class_="job-progress") for v in going]
     errors = [error_part(v.error) for v in failed]
-    if not len(found):
+    if not timed:
         words = (
             "Nothing is timed on this machine yet. One click times every packed product that runs "
             "here beside a bf16 product, in a few minutes and with the processor to itself."
@@ -102,7 +110,12 @@ def header(ctx: Context, picks: Picks, found: pd.DataFrame, trusted: bool) -> Ma
 
 
 def headline(found: pd.DataFrame) -> str:
-    """The product with the best ratio at the fewest tokens of the largest shape."""
+    """The product with the best ratio at the fewest tokens of the largest shape.
+
+    A question where only caches are timed.
+    """
+    if not len(found):
+        return "How fast is attention on packed caches?"
     rivals = found[found["ratio_to_bf16"].notna() & (found["kernel"] != kernel_rows.DENSE)]
     if not len(rivals):
         return "No product here has a steady time."
@@ -172,25 +185,50 @@ def shape_picker(found: pd.DataFrame, picks: Picks) -> Markup | None:
 # ---- table ---------------------------------------------------------------------------------
 
 
-def times_table(found: pd.DataFrame) -> Markup:
-    """A row per product, a column per shape and m."""
+def products_table(found: pd.DataFrame) -> Markup | None:
+    """Products with weights: a column per n x k and m."""
+    if not len(found):
+        return None
+    table = times_table(found, "Product", lambda shape: f"n × k = {spaced(shape)}", "m = {}".format)
+    return join([tag("p", ABOUT, class_="muted pad"), table])
+
+
+def caches_table(found: pd.DataFrame) -> Markup | None:
+    """Attention on packed caches: a column per tokens in the cache and sequences."""
+    if not len(found):
+        return None
+    title = tag("h2", "Decode attention on a packed cache")
+    table = times_table(
+        found,
+        "Cache",
+        lambda tokens: f"{spaced(tokens)} tokens",
+        lambda m: f"{m} sequence{'s' * (m != 1)}",
+    )
+    return join([tag("div", title, tag("p", CACHES, class_="muted"), class_="pad"), table])
+
+
+def times_table(
+    found: pd.DataFrame, what: str, over: Callable[[str], str], under: Callable[[int], str]
+) -> Markup:
+    """A row per format, a column per shape and m; `over` and `under` write these two."""
     places = found[["shape", "n", "k", "m"]].drop_duplicates()
     places = places.sort_values(["n", "k", "m"], ascending=[False, False, True])
-    rivals = found[found["kernel"] != kernel_rows.DENSE]
+    compared = found["kernel"].isin(kernel_rows.COMPARED)
+    rivals = found[~compared]
     cells = {(r["format"], r["shape"], r["m"]): r for r in rows.records(rivals)}
-    dense = {(r["shape"], r["m"]): r for r in rows.records(found[found["kernel"] == "bf16"])}
+    dense = {(r["shape"], r["m"]): r for r in rows.records(found[compared])}
     counts = places["shape"].value_counts(sort=False)
-    top = [tag("th", "Product", scope="col", rowspan="2")] + [
+    top = [tag("th", what, scope="col", rowspan="2")] + [
         tag(
             "th",
-            f"n × k = {spaced(str(shape))}",
+            over(str(shape)),
             scope="colgroup",
             colspan=str(counts[shape]),
         )
         for shape in places["shape"].drop_duplicates()
     ]
     keys = list(zip(places["shape"], places["m"], strict=True))
-    second = [tag("th", f"m = {m}", scope="col", class_="number") for _, m in keys]
+    second = [tag("th", under(m), scope="col", class_="number") for _, m in keys]
     reference = tag(
         "tr",
         tag("th", "bf16 ", tag("small", "ms"), scope="row"),
@@ -206,7 +244,7 @@ def times_table(found: pd.DataFrame) -> Markup:
     ]
     body = tag("tbody", reference, lines)
     table = tag("table", tag("thead", tag("tr", top), tag("tr", second)), body, class_="times")
-    return join([tag("p", ABOUT, class_="muted pad"), tag("div", table, class_="scroll")])
+    return tag("div", table, class_="scroll")
 
 
 def product_order(rivals: pd.DataFrame) -> list[str]:

@@ -21,12 +21,8 @@ from kernels import tables
 from kernels.aot import Build
 from kernels.quantize.kernel import e4m3_rounded, e4m3_scale, launch_e4m3_rows, quotient
 from kernels.split_k import finish, memory_for, splits_for
+from kernels.w8_a8.kernel import FEW, MOST_SPLITS, RESCANNED, tile_of
 from kernels.workspace import WORKSPACES
-
-FEW = 64  # tokens, above which `many` multiplies
-MOST_SPLITS = 16
-# Numbers that all programs together may read again before a launch of its own (2 us) is cheaper.
-RESCANNED = 6_000_000
 
 
 @triton.jit
@@ -190,13 +186,7 @@ def many(
     STAGES: tl.constexpr,
 ):
     """y [m, n] from codes a [m, width]; GROUP rows of tiles share the weights they read."""
-    tiles_m, tiles_n = tl.cdiv(m, BM), tl.cdiv(n, BN)
-    program = tl.program_id(0)
-    first = program // (GROUP * tiles_n) * GROUP
-    height = tl.minimum(tiles_m - first, GROUP)
-    inner = program % (GROUP * tiles_n)
-    token = (first + inner % height) * BM + tl.arange(0, BM)
-    row = inner // height * BN + tl.arange(0, BN)
+    token, row = tile_of(m, n, BM, BN, GROUP)
     near_token, near = tl.minimum(token, m - 1), tl.minimum(row, n - 1)
     column = tl.arange(0, BK)
     from_a = a + near_token.to(tl.int64)[:, None] * width + column[None, :]

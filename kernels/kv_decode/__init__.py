@@ -85,12 +85,12 @@ def reference(
     q: Tensor, keys: Held, values: Held, mask: Tensor | None = None, *, scaling: float
 ) -> Tensor:
     """The same in float64 from every token at once, [B, Hq, D]: the truth in tests."""
-    k, v = (side.read(0, side.count).double() for side in (keys, values))
-    group = q.shape[1] // k.shape[1]
-    scores = q.double().unsqueeze(2) @ k.repeat_interleave(group, 1).transpose(-1, -2) * scaling
+    k, v = (side.read(0, side.count).double() for side in (keys, values))  # [B, H, n, D]
+    rows = q.double().unflatten(1, (k.shape[1], -1))  # [B, H, Hq / H, D]
+    scores = rows @ k.transpose(-1, -2) * scaling
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
-    return (scores.softmax(-1) @ v.repeat_interleave(group, 1)).squeeze(2)
+    return (scores.softmax(-1) @ v).flatten(1, 2)
 
 
 def on_cpu(q: Tensor, *told: Any) -> Tensor:

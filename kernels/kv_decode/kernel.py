@@ -12,12 +12,15 @@ over tokens, so nothing is ever interleaved again but the result.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.aot import Build
+from kernels.aot import TARGETS, Build
 from kernels.kv_decode.layout import Held
 from kernels.workspace import WORKSPACES
 
@@ -27,7 +30,8 @@ TILES = (32, 16)  # tokens of a pass: they divide the blocks that share a scale
 ROWS = 16  # of a tensor core's tile
 REST = tl.constexpr(32)  # tokens of a program where not both sides are codes
 CHUNK = tl.constexpr(16)  # channels that it takes at once
-STAGES = 2  # three would spill: a lane holds 64 sums and 32 numbers of q
+LANES, SUMS = 32, 64  # of a warp; sums that a lane holds
+STAGES = 2  # three would spill: a lane holds as many sums and 32 numbers of q
 LOG2E = 1.4426950408889634
 COUNTS = (
     "heads",
@@ -170,21 +174,26 @@ def coded_scores(
 def coded_sum(
     total,
     p,
+    seen,
     INDEX: tl.constexpr,
     codes,
     scale,
+    offset,
     start,
     heads,
     h,
+    zero_row,
     D: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OFFSET: tl.constexpr,
     TILE: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Adds weights p [R, TILE] times one plane of the codes of values start.. to total [R, P].
+    """total [R, P] plus weights p [R, TILE] times one plane of the values start..
 
-    p has the scales of single tokens in it; those of a channel over a block multiply the product.
+    p has the scales of single tokens in it, and their lows are added elsewhere; scale and low of a
+    channel over a block multiply the product and the sum of the weights, seen [R].
     """
     F: tl.constexpr = 8 // BITS
     ROW: tl.constexpr = D * BITS // 8
@@ -192,11 +201,15 @@ def coded_sum(
     u = start + tl.arange(0, TILE)
     if BLOCK > 1:
         block = (start // BLOCK).to(tl.int64)
+        d = j * F + INDEX
+        s = tl.load(scale + block * D + d).to(tl.float32)
+        zeros = block * zero_row
+        low = low_of(s, offset, block * D + d, h * D + d, zeros, True, BITS, OFFSET)
+        total += seen[:, None] * low[None, :]
         row = codes + (block * heads + h) * BLOCK * ROW
         at = (start % BLOCK + tl.arange(0, TILE))[:, None] * ROW + j[None, :]
         raw = tl.load(row + at)
         v = field(raw, BITS, INDEX, ASM).to(p.dtype)
-        s = tl.load(scale + block * D + j * F + INDEX).to(tl.float32)
         return total + tl.dot(p, v, input_precision="ieee") * (s * UNIT)[None, :]
     at = (u.to(tl.int64)[:, None] * heads + h) * ROW + j[None, :]
     raw = tl.load(codes + at)
@@ -262,42 +275,40 @@ def coded_part(
     mix = there[:, None]
     if KEY_GROUPS > 1:  # of each row the channels of its group only
         mix = mix & ((kc // (D // KEY_GROUPS))[None, :] == g[:, None])
-    q0 = (tl.load(at, mask=mix, other=0).to(tl.float32) / spread[:, None]).to(TYPE)
-    sums = tl.sum(q0.to(tl.float32), 1)
-    if KF > 1:
-        q1 = (tl.load(at + 1, mask=mix, other=0).to(tl.float32) / spread[:, None]).to(TYPE)
-        sums += tl.sum(q1.to(tl.float32), 1)
-    if KF > 2:
-        q2 = (tl.load(at + 2, mask=mix, other=0).to(tl.float32) / spread[:, None]).to(TYPE)
-        q3 = (tl.load(at + 3, mask=mix, other=0).to(tl.float32) / spread[:, None]).to(TYPE)
-        sums += tl.sum(q2.to(tl.float32), 1) + tl.sum(q3.to(tl.float32), 1)
+    qs = ()
+    sums = tl.zeros((R,), tl.float32)
+    for i in tl.static_range(KF):
+        plane = (tl.load(at + i, mask=mix, other=0).to(tl.float32) / spread[:, None]).to(TYPE)
+        qs += (plane,)  # type: ignore[assignment]
+        sums += tl.sum(plane.to(tl.float32), 1)
     spread *= factor
 
     top = tl.full((R,), -1e30, tl.float32)
     mass = tl.zeros((R,), tl.float32)
     lows = tl.zeros((R, TILE), tl.float32)  # summed over tokens at the end: fewer shuffles
-    a0 = tl.zeros((R, VP), tl.float32)
-    a1 = a0
-    a2 = a0
-    a3 = a0
+    totals = ()
+    for _ in tl.static_range(VF):
+        totals += (tl.zeros((R, VP), tl.float32),)  # type: ignore[assignment]
     for at_pass in tl.range(begin, end):
         start = at_pass * TILE
         u = start + tl.arange(0, TILE)
         token = u.to(tl.int64)[None, :]
         s = tl.zeros((R, TILE), tl.float32)
-        s = coded_scores(
-            s, q0, 0, key_codes, key_scale, start, heads, h, D, KEY_BITS, KEY_BLOCK, TILE, ASM
-        )
-        if KF > 1:
+        for i in tl.static_range(KF):
             s = coded_scores(
-                s, q1, 1, key_codes, key_scale, start, heads, h, D, KEY_BITS, KEY_BLOCK, TILE, ASM
-            )
-        if KF > 2:
-            s = coded_scores(
-                s, q2, 2, key_codes, key_scale, start, heads, h, D, KEY_BITS, KEY_BLOCK, TILE, ASM
-            )
-            s = coded_scores(
-                s, q3, 3, key_codes, key_scale, start, heads, h, D, KEY_BITS, KEY_BLOCK, TILE, ASM
+                s,
+                qs[i],
+                i,
+                key_codes,
+                key_scale,
+                start,
+                heads,
+                h,
+                D,
+                KEY_BITS,
+                KEY_BLOCK,
+                TILE,
+                ASM,
             )
         if KEY_BLOCK > 1:
             block = (start // KEY_BLOCK).to(tl.int64)
@@ -342,47 +353,12 @@ def coded_part(
         p = tl.exp2(s - higher[:, None])
         if MASKED:  # a row may have seen nothing yet
             p = tl.where(s > -1e29, p, 0.0)
-        mass = mass * shrink + tl.sum(p, 1)
-        a0 *= shrink[:, None]
-        if VF > 1:
-            a1 *= shrink[:, None]
-        if VF > 2:
-            a2 *= shrink[:, None]
-            a3 *= shrink[:, None]
+        seen = tl.sum(p, 1)
+        mass = mass * shrink + seen
+        shrunk = ()
+        for i in tl.static_range(VF):
+            shrunk += (totals[i] * shrink[:, None],)  # type: ignore[assignment]
         if VALUE_BLOCK > 1:
-            block = (start // VALUE_BLOCK).to(tl.int64)
-            seen = tl.sum(p, 1)[:, None]
-            at = block * D + tl.arange(0, VP) * VF
-            element = h * D + tl.arange(0, VP) * VF
-            row = block * value_zeros
-            w = tl.load(value_scale + at).to(tl.float32)
-            a0 += (
-                seen
-                * low_of(w, value_offset, at, element, row, True, VALUE_BITS, VALUE_OFFSET)[None, :]
-            )
-            if VF > 1:
-                w = tl.load(value_scale + at + 1).to(tl.float32)
-                a1 += (
-                    seen
-                    * low_of(
-                        w, value_offset, at + 1, element + 1, row, True, VALUE_BITS, VALUE_OFFSET
-                    )[None, :]
-                )
-            if VF > 2:
-                w = tl.load(value_scale + at + 2).to(tl.float32)
-                a2 += (
-                    seen
-                    * low_of(
-                        w, value_offset, at + 2, element + 2, row, True, VALUE_BITS, VALUE_OFFSET
-                    )[None, :]
-                )
-                w = tl.load(value_scale + at + 3).to(tl.float32)
-                a3 += (
-                    seen
-                    * low_of(
-                        w, value_offset, at + 3, element + 3, row, True, VALUE_BITS, VALUE_OFFSET
-                    )[None, :]
-                )
             folded = p.to(TYPE)
         else:
             vg = (g % VALUE_GROUPS)[:, None]
@@ -400,80 +376,37 @@ def coded_part(
             )
             lows = lows * shrink[:, None] + p * low
             folded = (p * w).to(TYPE)
-        a0 = coded_sum(
-            a0,
-            folded,
-            0,
-            value_codes,
-            value_scale,
-            start,
-            heads,
-            h,
-            D,
-            VALUE_BITS,
-            VALUE_BLOCK,
-            TILE,
-            ASM,
-        )
-        if VF > 1:
-            a1 = coded_sum(
-                a1,
+        added = ()
+        for i in tl.static_range(VF):
+            total = coded_sum(
+                shrunk[i],
                 folded,
-                1,
+                seen,
+                i,
                 value_codes,
                 value_scale,
+                value_offset,
                 start,
                 heads,
                 h,
+                value_zeros,
                 D,
                 VALUE_BITS,
                 VALUE_BLOCK,
+                VALUE_OFFSET,
                 TILE,
                 ASM,
             )
-        if VF > 2:
-            a2 = coded_sum(
-                a2,
-                folded,
-                2,
-                value_codes,
-                value_scale,
-                start,
-                heads,
-                h,
-                D,
-                VALUE_BITS,
-                VALUE_BLOCK,
-                TILE,
-                ASM,
-            )
-            a3 = coded_sum(
-                a3,
-                folded,
-                3,
-                value_codes,
-                value_scale,
-                start,
-                heads,
-                h,
-                D,
-                VALUE_BITS,
-                VALUE_BLOCK,
-                TILE,
-                ASM,
-            )
+            added += (total,)  # type: ignore[assignment]
+        totals = added
 
     below = tl.sum(lows, 1)[:, None]
     unit = 1.0 if VALUE_BLOCK > 1 else UNIT
     j = tl.arange(0, VP)
     own = there[:, None] & ((j // (VP // VALUE_GROUPS))[None, :] == g[:, None])
     out = part + mine[:, None] * D + (j * VF)[None, :]
-    tl.store(out, a0 * unit + below, mask=own)
-    if VF > 1:
-        tl.store(out + 1, a1 * unit + below, mask=own)
-    if VF > 2:
-        tl.store(out + 2, a2 * unit + below, mask=own)
-        tl.store(out + 3, a3 * unit + below, mask=own)
+    for i in tl.static_range(VF):
+        tl.store(out + i, totals[i] * unit + below, mask=own)
     tl.store(stats + 2 * mine, top, mask=there & (g == 0))
     tl.store(stats + 2 * mine + 1, mass, mask=there & (g == 0))
 
@@ -815,7 +748,7 @@ def attention(q: Tensor, keys: Held, values: Held, mask: Tensor | None, scaling:
         TILE=tile,
         TYPE=tl.float32 if q.dtype == torch.float32 else tl.float16,
         ASM=q.is_cuda,
-        num_warps=warps_for(keys.groups(dim)),
+        num_warps=warps_for(rows, dim, keys.groups(dim), values.block),
         num_stages=STAGES,
     )
     _merge_kernel[(batch * query_heads,)](
@@ -824,9 +757,13 @@ def attention(q: Tensor, keys: Held, values: Held, mask: Tensor | None, scaling:
     return out
 
 
-def warps_for(key_groups: int) -> int:
-    """One, which shares no work; two where the scales of keys' groups would take its registers."""
-    return 1 if key_groups == 1 else 2
+def warps_for(rows: int, dim: int, key_groups: int, value_block: int) -> int:
+    """One, which shares no work, where a lane then holds 64 sums at most; more rows share them.
+
+    Two where scales of keys' groups or of values' channels would take its registers.
+    """
+    least = 1 if key_groups == 1 and value_block == 1 else 2
+    return max(least, rows * dim // (LANES * SUMS))
 
 
 def splits_for(pairs: int, passes: int, device: torch.device) -> int:
@@ -858,18 +795,24 @@ TYPES = {
 
 
 def build(
-    name: str, bits: int, block: int, offset: str, groups: int, budget: float = 0, **types: str
+    name: str,
+    bits: int,
+    block: int,
+    offset: str,
+    groups: int,
+    budget: float = 0,
+    targets: tuple[int, ...] = TARGETS,
+    **constants: object,
 ) -> Build:
     """Heads of 128 channels, keys per channel of `block` tokens, or per token; values per token.
 
     Budget: what the read bandwidth of an H200 leaves for a code with its share of scales.
     """
-    key_groups = groups if block == 1 else 1
-    constants = {
+    given: dict[str, Any] = {
         "D": 128,
         "KEY_BITS": bits,
         "KEY_BLOCK": block,
-        "KEY_GROUPS": key_groups,
+        "KEY_GROUPS": groups if block == 1 else 1,
         "KEY_OFFSET": offset,
         "VALUE_BITS": bits,
         "VALUE_BLOCK": 1,
@@ -881,17 +824,21 @@ def build(
         "TILE": 32,
         "TYPE": tl.float16,
         "ASM": True,
+        **constants,
     }
+    packed = {"key_offset": given["KEY_OFFSET"], "value_offset": given["VALUE_OFFSET"]}
+    zeros = {side: "*u8" for side, kind in packed.items() if kind == "zero"}
     return Build(
         name,
         _split_kernel,
-        {**TYPES, **types},
-        constants,
-        warps=warps_for(key_groups),
+        {**TYPES, **zeros},
+        given,
+        warps=warps_for(given["R"], 128, given["KEY_GROUPS"], given["VALUE_BLOCK"]),
         stages=STAGES,
-        per_pass=2 * 32 * 128,
+        per_pass=2 * 32 * 128 if given["KEY_BITS"] else 0,
         budget=budget,
         tensor_core="HMMA",
+        targets=targets,
     )
 
 
@@ -899,7 +846,12 @@ BUILDS = (
     build("kivi 2", 2, 32, "low", 4),
     build("kivi 4", 4, 32, "low", 4, 4.9),
     build("int 8 per token", 8, 1, "middle", 1, 7.8),
-    build("int 4 per token", 4, 1, "zero", 4, key_offset="*u8", value_offset="*u8"),
+    build("int 4 per token", 4, 1, "zero", 4),
+    replace(  # spilled by Triton 3.6; none are by 3.7
+        build("kivi 4, 8 query heads", 4, 32, "low", 4, targets=(90,), R=32), spills=60
+    ),
+    build("int 4 per channel", 4, 32, "zero", 1, targets=(90,), VALUE_BLOCK=32, MASKED=True),
+    build("values alone", 4, 1, "low", 4, targets=(90,), KEY_BITS=0, KEY_OFFSET="none"),
     Build(
         "merge",
         _merge_kernel,

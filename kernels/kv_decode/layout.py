@@ -68,6 +68,11 @@ class Held:
             self.offset.shape[-1] if self.offset_kind == "zero" and self.offset is not None else 0
         )
 
+    def nbytes(self) -> int:
+        """Bytes held."""
+        held = (self.newest, self.codes, self.scale, self.offset, self.first)
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
+
     def groups(self, dim: int) -> int:
         """Groups of a token's channels that have a scale each."""
         return 1 if self.scale is None or self.block > 1 else self.scale.shape[-1]

@@ -28,7 +28,7 @@ from kernels.quantize.kernel import (
     nearest,
     peak_grid,
 )
-from kernels.split_k import splits_for
+from kernels.split_k import memory_for, splits_for, summed
 from kernels.workspace import WORKSPACES
 
 FEW = 64  # tokens, above which `many` multiplies
@@ -208,18 +208,7 @@ def few(
         acc = tl.dot(q, code, acc, out_dtype=tl.int32)
     if SHIFTED:
         acc += tl.load(shift + near)[:, None] * total[None, :]
-    mine = True
-    if SPLITS > 1:
-        inner = tl.arange(0, BN)[:, None] * MB + token[None, :]
-        tl.store(partials + (tile * SPLITS + split) * BN * MB + inner, acc)
-        tl.debug_barrier()  # every lane has stored before one of them counts
-        mine = tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLITS - 1
-        if mine:
-            tl.store(counters + tile, 0)
-            acc = tl.zeros((BN, MB), tl.int32)
-            for other in range(SPLITS):
-                part = partials + (tile * SPLITS + other) * BN * MB + inner
-                acc += tl.load(part, cache_modifier=".cg")
+    acc, mine = summed(acc, partials, counters, SPLITS, BN, MB)
     if mine:
         if STEPS == 0:
             acc += tl.load(sums + near)[:, None] * beside.to(tl.int32)[None, :]
@@ -230,6 +219,18 @@ def few(
         out = scaled(acc, scale[None, :], rows_scale[:, None], extra, C, SCALED)
         at = y + token.to(tl.int64)[None, :] * n + row[:, None]
         tl.store(at, out.to(y.dtype.element_ty), mask=(token < m)[None, :] & (row < n)[:, None])
+
+
+@triton.jit
+def tile_of(m, n, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """Tokens [BM] and rows of the weights [BN] of a program; GROUP tiles in turn share the rows."""
+    tiles_m, tiles_n = tl.cdiv(m, BM), tl.cdiv(n, BN)
+    program = tl.program_id(0)
+    first = program // (GROUP * tiles_n) * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    inner = program % (GROUP * tiles_n)
+    token = (first + inner % height) * BM + tl.arange(0, BM)
+    return token, inner // height * BN + tl.arange(0, BN)
 
 
 @triton.jit
@@ -260,13 +261,7 @@ def many(
     STAGES: tl.constexpr,
 ):
     """y [m, n] from codes a [m, width]; GROUP rows of tiles share the weights they read."""
-    tiles_m, tiles_n = tl.cdiv(m, BM), tl.cdiv(n, BN)
-    program = tl.program_id(0)
-    first = program // (GROUP * tiles_n) * GROUP
-    height = tl.minimum(tiles_m - first, GROUP)
-    inner = program % (GROUP * tiles_n)
-    token = (first + inner % height) * BM + tl.arange(0, BM)
-    row = inner // height * BN + tl.arange(0, BN)
+    token, row = tile_of(m, n, BM, BN, GROUP)
     near_token, near = tl.minimum(token, m - 1), tl.minimum(row, n - 1)
     column = tl.arange(0, BK)
     from_a = a + near_token.to(tl.int64)[:, None] * width + column[None, :]
@@ -374,11 +369,8 @@ def launch_few(
     per_split = triton.cdiv(blocks, config["splits"])
     splits = triton.cdiv(blocks, per_split)
     columns = max(8, triton.next_power_of_2(m))
-    partials, counters = weight.scale, weight.scale
-    if splits > 1:
-        held = tiles * splits * config["bn"] * columns
-        partials = WORKSPACES.take("w8_a8_partials", held, torch.int32, x.device)
-        counters = WORKSPACES.take("w8_a8_counters", tiles, torch.int32, x.device)
+    size = config["bn"] * columns
+    partials, counters = memory_for(splits, 1, tiles, size, x.device, torch.int32)
     few[(tiles, splits)](
         x,
         *rows,

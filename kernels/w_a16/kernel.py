@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.aot import TARGETS, Build
+from kernels.split_k import finish, memory_for
 from kernels.tables import configured
 from kernels.w_a16.layout import FIELDS, LONGEST, ROWS, WORDS
-from kernels.workspace import WORKSPACES
 
 NAME = "w_a16"
 BLOCKS_EACH = 4  # blocks of threads that should be in flight on a multiprocessor, if they fit
@@ -178,8 +178,8 @@ def product_tiles(
     scales,  # [G, n padded], any float
     zeros,  # [G, n padded] fp16, as 8 bits would spoil the layout of words; None: MIDDLE
     y,  # [M, N]
-    partials,  # [SPLITS, M tiles, N tiles, MB, R] fp32
-    counters,  # [M tiles, N tiles] int32 zeros, zeros again at the end
+    partials,
+    counters,
     M,
     N,
     K,
@@ -230,23 +230,7 @@ def product_tiles(
                 acc += tl.dot(w, part) * tl.load(scales + at).to(tl.float32)[:, None]
     if GROUP == 0:
         acc *= tl.load(scales + n).to(tl.float32)[:, None]
-    out = y + m[None, :].to(tl.int64) * N + n[:, None]
-    inside &= n[:, None] < N
-    if SPLITS == 1:
-        tl.store(out, acc.to(y.dtype.element_ty), mask=inside)
-    else:
-        places = tl.num_programs(0) * tl.num_programs(2)
-        place = m_tile * tl.num_programs(0) + tile
-        cell = partials + tl.arange(0, MB)[None, :] * R + tl.arange(0, R)[:, None]
-        tl.store(cell + (split * places + place).to(tl.int64) * (MB * R), acc)
-        tl.debug_barrier()  # every lane's part is stored before the count says so
-        if tl.atomic_add(counters + place, 1, sem="acq_rel") == SPLITS - 1:
-            acc = tl.zeros((R, MB), tl.float32)
-            for s in range(SPLITS):  # in one order, whoever comes last: the same bits every time
-                part = cell + (s * places + place).to(tl.int64) * (MB * R)
-                acc += tl.load(part, cache_modifier=".cg")
-            tl.store(counters + place, 0)
-            tl.store(out, acc.to(y.dtype.element_ty), mask=inside)
+    finish(acc, y, partials, counters, M, N, SPLITS, R, MB)
 
 
 @triton.jit
@@ -306,11 +290,7 @@ def product(
     config = config or plan(x.device, m, n, k, bits, group, words.shape[-1])
     columns, splits = config["columns"], config["splits"]
     m_tiles = -(-m // columns)
-    partials = counters = None
-    if splits > 1:
-        count = splits * m_tiles * tiles
-        partials = WORKSPACES.take("partials", count * ROWS * columns, torch.float32, x.device)
-        counters = WORKSPACES.take("counters", m_tiles * tiles, torch.int32, x.device)
+    partials, counters = memory_for(splits, m_tiles, tiles, ROWS * columns, x.device)
     product_tiles[(tiles, splits, m_tiles)](
         x,
         words,

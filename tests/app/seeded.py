@@ -35,7 +35,7 @@ def fill(home: Path, *, states: Sequence[str] = ()) -> list[str]:
     ]
 
 
-def bench(home: Path, asked: float = 0.0) -> str:
+def bench(home: Path, asked: float = 0.0, *, only_caches: bool = False) -> str:
     """A finished bench job with made-up times: steady, unsteady and wrong ones -> its id."""
     job = queue_of(home).submit(BenchSpec(asked=asked), recipe="Time all kernels", device="cpu")
     folder = home / "runs" / job
@@ -43,12 +43,27 @@ def bench(home: Path, asked: float = 0.0) -> str:
     append(folder, "env", env={"torch": "2.13.0", "triton": "3.7.1", "driver": None})
     for name, value, unit in (("read", 20.0, "GB/s"), ("bf16 product", 0.4, "TFLOP/s")):
         append(folder, "ceiling", name=name, value=value, unit=unit, device="EPYC")
-    for n, k, m in ((4096, 4096, 1), (4096, 4096, 64), (14336, 4096, 1), (14336, 4096, 64)):
+    shapes = ((4096, 4096, 1), (4096, 4096, 64), (14336, 4096, 1), (14336, 4096, 64))
+    for n, k, m in () if only_caches else shapes:
         dense = n * k / 1.6e7 * (1 + m / 30)
         for row in _times(n, k, m, dense):
             append(folder, "kernel_time", **row)
+    for row in caches():
+        append(folder, "kernel_time", **row)
     append(folder, "state", state="done")
     return job
+
+
+def caches() -> Iterator[dict[str, Any]]:
+    """Decode attention of one sequence of 4096 tokens: steady, and wrong."""
+    kivi = {"kind": "kivi", "bits": 2, "group": 32, "keys": "channel", "newest": 128}
+    int8 = {"kind": "int", "bits": 8, "group": 0, "symmetric": True, "keys": "token"}
+    for kernel, weight, bits, gain, correct in (
+        ("sdpa", {"kind": "bf16"}, 16, 1.0, True),
+        ("kv_decode", kivi, 3.4, 0.25, True),
+        ("kv_decode", int8, 8.1, 0.5, False),
+    ):
+        yield _time(kernel, weight, None, (1, 4096, 2048), bits, 3.0, gain, True, correct)
 
 
 def _times(n: int, k: int, m: int, dense: float) -> Iterator[dict[str, Any]]:
@@ -60,20 +75,36 @@ def _times(n: int, k: int, m: int, dense: float) -> Iterator[dict[str, Any]]:
         ("int_act_cpu", int8, int8, 8, 2.5, m == 1, True),
         ("codebook", {"kind": "nf4", "group": 64}, None, 4.5, 0.5, True, n == 4096),
     ):
-        time = dense / gain if correct else None
-        yield {
-            "kernel": kernel,
-            "weight": json.dumps(weight, sort_keys=True),
-            "act": json.dumps(act, sort_keys=True),
-            **{"m": m, "n": n, "k": k, "weight_bytes": round(n * k * bits / 8)},
-            **{"median_ms": time, "p20_ms": time and 0.97 * time, "p80_ms": time and 1.02 * time},
-            "eager_ms": None,
-            "ratio_to_bf16": gain if steady and correct else None,
-            "steady": steady if correct else None,
-            "max_rel_err": 0.003 if correct else 0.4,
-            "correct": correct,
-            **{"device": "EPYC", "threads": 2},
-        }
+        yield _time(kernel, weight, act, (m, n, k), bits, dense, gain, steady, correct)
+
+
+def _time(
+    kernel: str,
+    weight: dict[str, Any],
+    act: dict[str, Any] | None,
+    shape: tuple[int, int, int],
+    bits: float,
+    dense: float,
+    gain: float,
+    steady: bool,
+    correct: bool,
+) -> dict[str, Any]:
+    """One row: `dense` ms of bf16 over `gain`, of weights [n, k] that take so many bits."""
+    m, n, k = shape
+    time = dense / gain if correct else None
+    return {
+        "kernel": kernel,
+        "weight": json.dumps(weight, sort_keys=True),
+        "act": json.dumps(act, sort_keys=True),
+        **{"m": m, "n": n, "k": k, "weight_bytes": round(n * k * bits / 8)},
+        **{"median_ms": time, "p20_ms": time and 0.97 * time, "p80_ms": time and 1.02 * time},
+        "eager_ms": None,
+        "ratio_to_bf16": gain if steady and correct else None,
+        "steady": steady if correct else None,
+        "max_rel_err": 0.003 if correct else 0.4,
+        "correct": correct,
+        **{"device": "EPYC", "threads": 2},
+    }
 
 
 def known(spec: Any) -> Any:

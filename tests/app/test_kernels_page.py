@@ -73,6 +73,38 @@ def test_the_table_has_ratios_and_says_why_one_is_missing(timed):
     assert "of the bandwidth" in lines["INT4 g128"]
 
 
+def test_attention_has_a_table_of_its_own(timed):
+    _, tables, *_ = kernels.screen(timed[0], Picks())
+    products, caches = str(tables).split("Decode attention on a packed cache")
+    assert "kv_decode" not in products
+    lines = {text(line).strip().split(" (")[0]: line for line in caches.split("<tr>")[1:]}
+    assert "bf16 ms 3.00" in lines
+    assert "0.25×" in lines["KIVI2 g32"]
+    assert f"{4096 * 2048 * 3.4 / 8 / 12e-3 / 1e9:.3g} GB/s" in lines["KIVI2 g32"]
+    assert ">wrong<" in lines["INT8 sym"]
+    assert "4\u2009096 tokens" in caches
+    assert "1 sequence<" in caches
+
+
+def test_attention_is_in_no_chart_and_no_choice(timed):
+    table = kernel_rows.of_job(timed[0].store, Picks())
+    assert not table["kernel"].isin(kernel_rows.ATTENTION).any()
+    assert kernel_rows.shapes(table) == ["14336x4096", "4096x4096"]
+
+
+def test_a_job_of_attention_alone_shows_its_table(tmp_path):
+    seeded.bench(tmp_path, only_caches=True)
+    store, queue = seeded.store_of(tmp_path), seeded.queue_of(tmp_path)
+    ctx = Context(store, queue, tmp_path, (), "127.0.0.1", "", queue)
+    head, tables, *charts, _ = kernels.screen(ctx, Picks())
+    assert "How fast is attention on packed caches?" in head
+    assert "EPYC" in head
+    assert "KIVI2 g32" in tables
+    assert "Product" not in tables
+    assert not any(charts)
+    store.close()
+
+
 def test_the_headline_is_the_best_at_a_single_token(timed):
     head = text(kernels.screen(timed[0], Picks())[0])
     assert "INT4 g128 (int_cpu) is 4.0 times as fast as bf16 for a single token." in head

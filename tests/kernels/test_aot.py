@@ -48,6 +48,37 @@ def test_machine_code_is_read():
     assert aot.faults(build, code, 90) == ["1 loads and stores of spilled registers"]
 
 
+WAITS = """
+.L_x_1:
+        /*0000*/                   SYNCS.PHASECHK.TRYWAIT P0, [R1] ;
+        /*0010*/              @!P0 BRA `(.L_x_3) ;
+.L_x_2:
+        /*0020*/                   LDG.E.128 R4, [R2.64] ;
+        /*0030*/                   BRA.U UP0, `(.L_x_4) ;
+        /*0040*/                   FADD R1, R2, R3 ;
+.L_x_4:
+        /*0050*/              @!P1 BRA `(.L_x_1) ;
+        /*0060*/                   STG [R1], R8 ;
+        /*0070*/                   STG [R1], R8 ;
+        /*0080*/                   EXIT ;
+.L_x_3:
+        /*0090*/                   SYNCS.PHASECHK.TRYWAIT P0, [R1] ;
+        /*00a0*/              @!P0 BRA `(.L_x_3) ;
+        /*00b0*/                   BRA `(.L_x_2) ;
+.L_x_5:
+        /*00c0*/                   BRA `(.L_x_5) ;
+"""
+
+
+def test_a_wait_past_the_end_belongs_to_its_loop_and_what_lies_between_does_not():
+    code = aot.read_code(WAITS)
+    assert len(code.instructions) == 13
+    assert len(code.loop) == 6 + 3
+    assert not any(i.startswith(("STG", "EXIT")) for i in code.loop)
+    before = WAITS.replace("@!P1 BRA `(.L_x_1)", "NOP")  # a wait ahead of no loop
+    assert len(aot.read_code(before).loop) == 2
+
+
 def test_faults_name_what_is_missing():
     code = aot.Code(("FADD R1, R2, R3", "BRA x"), ("FADD R1, R2, R3", "BRA x"))
     build = aot.Build("b", None, {}, {}, warps=4, per_pass=16, budget=3, tensor_core="HMMA")

@@ -129,7 +129,7 @@ def test_sums_are_whole_numbers_and_exact(k):
 def test_counters_are_ready_for_the_next_product():
     x, _, _, packed = example(2, 70, 320, (W8, A8))
     first = multiplied(x, packed, PATHS["rounded inside, split"])
-    held = kernel.WORKSPACES.take("w8_a8_counters", 3, torch.int32, x.device)
+    held = kernel.WORKSPACES.take("counters", 3, torch.int32, x.device)
     assert not held.any()
     other, *_ = example(2, 70, 320, (W8, A8), seed=9)
     multiplied(other, packed, PATHS["rounded inside, split"])

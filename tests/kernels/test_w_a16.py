@@ -45,8 +45,8 @@ def poisoned(monkeypatch):
         return made.fill_(torch.nan) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch.Tensor, "new_empty", filled)
-    for (purpose, _, _), buffers in WORKSPACES.held.items():
-        if purpose == "partials":
+    for (purpose, dtype, _), buffers in WORKSPACES.held.items():
+        if purpose == "partials" and dtype.is_floating_point:
             buffers[-1].fill_(torch.nan)
 
 
