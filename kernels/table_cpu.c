@@ -46,47 +46,85 @@ INLINE float number(const void *from, long at, long type) {
   return found;
 }
 
-/* scale and less of a group of a row; w = level scale + less */
-INLINE void decode(const Weights *w, long row, long group, float *scale, float *less) {
-  const long at = row * w->groups + group;
-  *less = 0;
+INLINE __mmask16 first_of(long count) { return count >= 16 ? 0xffff : (__mmask16)((1 << count) - 1); }
+
+/* 16 numbers from `at` on, 0 past `count` */
+INLINE __m512 numbers(const void *from, long at, long type, long count) {
+  const __mmask16 there = first_of(count);
+  if (type == FP32) return _mm512_maskz_loadu_ps(there, (const float *)from + at);
+  const __m256i bits = _mm256_maskz_loadu_epi16(there, (const uint16_t *)from + at);
+  return type == FP16 ? _mm512_cvtph_ps(bits) : (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+
+INLINE __m512i bytes_at(const void *from, long at, long count) {
+  return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first_of(count), (const uint8_t *)from + at));
+}
+
+/* places 0 to 15, plus first, over 2^by, less those of the first: of things that 2^by groups share */
+INLINE __m512i shared_at(long first, long by) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  return _mm512_srlv_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32((int)(first & ((1 << by) - 1)))),
+                           _mm512_set1_epi32((int)by));
+}
+
+typedef struct {
+  __m512 scale, less;
+} Sixteen;
+
+/* scale and less of 16 groups of a row, 0 past the last of them; w = level scale + less */
+INLINE Sixteen decode(const Weights *w, long row, long first) {
+  const long at = row * w->groups + first, left = w->groups - first < 16 ? w->groups - first : 16;
+  __m512 scale = _mm512_setzero_ps(), less = scale;
   switch (KIND) {
     case PLAIN:
-      *scale = number(w->scale, at, TYPE);
-      if (MORE_TYPE != ABSENT) *less = number(w->more, at, MORE_TYPE);
+      scale = numbers(w->scale, at, TYPE, left);
+      if (MORE_TYPE != ABSENT) less = numbers(w->more, at, MORE_TYPE, left);
       break;
     case DOUBLE: { /* scales of 8 bits: low[code] second + offset; 256 of them share a second */
-      const float *second = w->more, *level = w->low;
-      const long block = at / 256 < w->extra ? at / 256 : w->extra - 1;
-      const float s = level[((const uint8_t *)w->scale)[at]] * second[block] + *(const float *)w->fourth;
-      *scale = s > 0 ? s : 0;
+      const __m512i block = _mm512_min_epi32(_mm512_add_epi32(shared_at(at, 8), _mm512_set1_epi32((int)(at / 256))),
+                                             _mm512_set1_epi32((int)w->extra - 1));
+      const __m512 second = _mm512_i32gather_ps(block, w->more, 4);
+      const __m512 level = _mm512_i32gather_ps(bytes_at(w->scale, at, left), w->low, 4);
+      scale = _mm512_fmadd_ps(level, second, _mm512_set1_ps(*(const float *)w->fourth));
+      scale = _mm512_max_ps(scale, _mm512_setzero_ps());
       break;
     }
-    case SHIFT: /* powers of two, two to a byte */
-      *scale = (float)(1 << (((const uint8_t *)w->scale)[row * ((w->groups + 1) / 2) + group / 2] >> 4 * (group & 1) & 15));
+    case SHIFT: { /* powers of two, two to a byte */
+      const __m512i pairs = bytes_at(w->scale, row * ((w->groups + 1) / 2) + first / 2, left / 2 + 1);
+      const __m512i odd = _mm512_and_si512(_mm512_add_epi32(shared_at(0, 0), _mm512_set1_epi32((int)first)), _mm512_set1_epi32(1));
+      const __m512i both = _mm512_permutexvar_epi32(shared_at(first, 1), pairs);
+      const __m512i shift = _mm512_and_si512(_mm512_srlv_epi32(both, _mm512_slli_epi32(odd, 2)), _mm512_set1_epi32(15));
+      scale = _mm512_cvtepi32_ps(_mm512_sllv_epi32(_mm512_set1_epi32(1), shift));
       break;
-    case BILEVEL: { /* two codes of 4 bits in a byte; ends [rows in sets of 2^extra][groups][4] */
-      const uint8_t code = ((const uint8_t *)w->scale)[at];
-      const long end = ((row >> w->extra) * w->groups + group) * 4;
-      const __m128 ends = MORE_TYPE == FP16
-        ? _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)((const uint16_t *)w->more + end)))
-        : _mm_loadu_ps((const float *)w->more + end);
-      /* low + code step, of the scale in place 0 and of the zero point in place 2 */
-      const __m128 codes = _mm_cvtepi32_ps(_mm_set_epi32(0, code >> 4, 0, code & 15));
-      const __m128 both = _mm_fmadd_ps(codes, _mm_movehdup_ps(ends), ends);
-      const float zero = _mm_cvtss_f32(_mm_movehl_ps(both, both));
-      *scale = _mm_cvtss_f32(both);
-      *less = -*scale * zero;
+    }
+    case BILEVEL: { /* two codes of 4 bits in a byte; ends [rows in sets of 2^extra][4][groups] */
+      const __m512i code = bytes_at(w->scale, at, left);
+      const long end = (row >> w->extra) * 4 * w->groups + first;
+      const __m512 low = _mm512_cvtepi32_ps(_mm512_and_si512(code, _mm512_set1_epi32(15)));
+      const __m512 high = _mm512_cvtepi32_ps(_mm512_srli_epi32(code, 4));
+      scale = _mm512_fmadd_ps(low, numbers(w->more, end + w->groups, MORE_TYPE, left), numbers(w->more, end, MORE_TYPE, left));
+      less = _mm512_fmadd_ps(high, numbers(w->more, end + 3 * w->groups, MORE_TYPE, left),
+                             numbers(w->more, end + 2 * w->groups, MORE_TYPE, left));
+      less = _mm512_fnmadd_ps(scale, less, _mm512_setzero_ps());
       break;
     }
     case BLOCKS: { /* GGUF: 2^extra sub-blocks share d and its offset; their own are small integers */
-      const float d = half(((const uint16_t *)w->scale)[at >> w->extra]);
-      const uint8_t *own = w->low, *zero = w->fourth;
-      *scale = d * (float)(TYPE == 1 ? (int)(int8_t)own[at] : (int)own[at] - (int)TYPE);
-      if (MORE_TYPE != ABSENT) *less = -half(((const uint16_t *)w->more)[at >> w->extra]) * (float)zero[at];
+      const __m512i block = shared_at(at, w->extra), whole = bytes_at(w->low, at, left);
+      const long shared = ((left - 1) >> w->extra) + 2 < 16 ? ((left - 1) >> w->extra) + 2 : 16;
+      const long held = (w->n * w->groups >> w->extra) - (at >> w->extra), d = shared < held ? shared : held;
+      const __m512i own = TYPE == 1 ? _mm512_srai_epi32(_mm512_slli_epi32(whole, 24), 24)
+                                    : _mm512_sub_epi32(whole, _mm512_set1_epi32(TYPE));
+      scale = _mm512_permutexvar_ps(block, numbers(w->scale, at >> w->extra, FP16, d));
+      scale = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(own));
+      if (MORE_TYPE != ABSENT) {
+        less = _mm512_permutexvar_ps(block, numbers(w->more, at >> w->extra, FP16, d));
+        less = _mm512_mul_ps(less, _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_setzero_si512(), bytes_at(w->fourth, at, left))));
+      }
       break;
     }
   }
+  const Sixteen both = {scale, less};
+  return both;
 }
 
 /* the 16 levels of one group of a row that are sums of +- its scales */
@@ -104,64 +142,60 @@ INLINE __m512 sums_of(const Weights *w, long row, long group) {
 INLINE __m512i joined(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
 typedef struct {
-  long first, last, left; /* groups that chunks touch, and channels left of the first */
+  long first, left; /* group of the first channel, and how many channels of it are left */
 } Groups;
 
-INLINE Groups groups_at(const Weights *w, long start, long chunks) {
-  const long last = w->groups - 1, first = start / w->group;
-  const long stop = (start + 32 * chunks - 1) / w->group;
-  const Groups range = {first < last ? first : last, stop < last ? stop : last,
-                        w->group - start % w->group};
-  return range;
+INLINE Groups groups_at(const Weights *w, long start) {
+  const long first = start / w->group, last = w->groups - 1;
+  const Groups at = {first < last ? first : last, w->group - start % w->group};
+  return at;
 }
 
-/* levels of a group, 16 of them from `at` on */
-INLINE __m512 levels_of(const Weights *w, long row, long group, long at) {
-  if (KIND == SUMS) return sums_of(w, row, group);
-  float scale, less;
-  decode(w, row, group, &scale, &less);
-  const __m512 own = _mm512_loadu_ps(w->levels + at);
-  if (MORE_TYPE == ABSENT && KIND != BILEVEL) return _mm512_mul_ps(own, _mm512_set1_ps(scale));
-  return _mm512_fmadd_ps(own, _mm512_set1_ps(scale), _mm512_set1_ps(less));
+/* levels of group `lane` of sixteen, 16 of them from `at` on */
+INLINE __m512 levels_of(const Weights *w, long row, long first, const Sixteen *own, long lane, long at) {
+  if (KIND == SUMS) return sums_of(w, row, first + lane < w->groups ? first + lane : w->groups - 1);
+  const __m512i all = _mm512_set1_epi32((int)lane);
+  const __m512 level = _mm512_loadu_ps(w->levels + at), scale = _mm512_permutexvar_ps(all, own->scale);
+  if (MORE_TYPE == ABSENT) return _mm512_mul_ps(level, scale);
+  return _mm512_fmadd_ps(level, scale, _mm512_permutexvar_ps(all, own->less));
 }
 
 /* What chunks of 32 channels of a row need: tables for channels 0-15 and 16-31 of each, or, of
    forms without a table, scales of its pairs of channels. Groups are multiples of 16. */
-INLINE void tables(const Weights *w, long row, Groups range, long chunks, __m512i *out) {
-  const long group = w->group;
-  long g = range.first, left = range.left;
-#define NEXT(size) left -= size; if (!left) { left = group; g += g < range.last; }
-  if (FORM == WHOLE8 || FORM == 6 || FORM == E4M3) {
-    for (long c = 0; c < chunks; c++) {
-      float a, b, less;
-      decode(w, row, g, &a, &less);
-      NEXT(16)
-      decode(w, row, g, &b, &less);
-      NEXT(16)
-      out[c] = (__m512i)_mm512_insertf32x8(_mm512_set1_ps(a), _mm256_set1_ps(b), 1);
-    }
-  } else if (KIND == SHIFT && group == 16) { /* a byte is a chunk's: shifts add to exponents */
+INLINE void tables(const Weights *w, long row, Groups from, long chunks, __m512i *out) {
+  const long group = w->group, last = w->groups - 1 - from.first;
+  if (KIND == SHIFT && group == 16) { /* a byte is a chunk's: shifts add to exponents */
     const __m512 plain = _mm512_loadu_ps(w->levels);
     const __m512i levels = joined(plain, plain), half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
     const __mmask32 some = _mm512_test_epi16_mask(levels, levels);
-    const int8_t *shifts = (const int8_t *)w->scale + row * ((w->groups + 1) / 2);
+    const int8_t *shifts = (const int8_t *)w->scale + row * ((w->groups + 1) / 2) + from.first / 2;
     for (long c = 0; c < chunks; c++) {
-      const __m512i own = _mm512_srlv_epi16(_mm512_set1_epi8(shifts[(g + 2 * c < range.last ? g + 2 * c : range.last) / 2]), half);
+      const __m512i own = _mm512_srlv_epi16(_mm512_set1_epi8(shifts[2 * c < last ? c : last / 2]), half);
       const __m512i up = _mm512_slli_epi16(_mm512_and_si512(own, _mm512_set1_epi16(15)), 7);
       out[c] = _mm512_mask_add_epi16(levels, some, levels, up);
     }
-  } else if (group % 32 == 0) {
-    for (long c = 0; c < chunks; left = group, g += g < range.last) {
-      const __m512 t = levels_of(w, row, g, 0);
-      const __m512i both = joined(t, FORM == 5 ? levels_of(w, row, g, 16) : t);
-      for (; left && c < chunks; left -= 32, c++) out[c] = both;
+    return;
+  }
+  long first = from.first, left = from.left, lane = 0;
+  Sixteen own = decode(w, row, first);
+#define NEXT left -= 16; if (!left) { left = group; lane++; }
+  for (long c = 0; c < chunks; c++) {
+    if (lane >= 15 && c) { /* two more groups must be there */
+      first = first + lane < w->groups ? first + lane : w->groups - 1;
+      lane = 0;
+      own = decode(w, row, first);
     }
-  } else {
-    for (long c = 0; c < chunks; c++) {
-      const __m512 t = levels_of(w, row, g, 0);
-      NEXT(16)
-      out[c] = joined(t, levels_of(w, row, g, 0));
-      NEXT(16)
+    const long low = lane;
+    NEXT
+    const long high = lane;
+    NEXT
+    if (FORM == WHOLE8 || FORM == 6 || FORM == E4M3) {
+      const __m512i lanes = _mm512_inserti64x4(_mm512_set1_epi32((int)low), _mm256_set1_epi32((int)high), 1);
+      out[c] = (__m512i)_mm512_permutexvar_ps(lanes, own.scale);
+    } else {
+      const __m512 t = levels_of(w, row, first, &own, low, 0);
+      if (FORM == 5) out[c] = joined(t, levels_of(w, row, first, &own, low, 16));
+      else out[c] = joined(t, high == low ? t : levels_of(w, row, first, &own, high, 0));
     }
   }
 }
@@ -183,10 +217,12 @@ INLINE __m512i scaled(__m512i v, __m512 scale) {
   return _mm512_permutexvar_epi16(order, joined(even, odd));
 }
 
-INLINE __m512i whole(__m512i signed16) { /* 32 whole numbers to 256 in bf16, exact */
-  const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(signed16)));
-  const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(signed16, 1)));
-  return joined(low, high);
+/* 32 codes, 16 and 16, less the middle, times scales of the two halves */
+INLINE __m512i whole(__m512i first, __m512i second, int middle, __m512 scale) {
+  const __m512i by = _mm512_set1_epi32(middle);
+  const __m512 a = _mm512_shuffle_f32x4(scale, scale, 0x00), b = _mm512_shuffle_f32x4(scale, scale, 0xaa);
+  return joined(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(first, by)), a),
+                _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(second, by)), b));
 }
 
 /* 32 e4m3 numbers in bf16: 4 exponent bits move, the bias becomes 127; subnormals by a table */
@@ -216,11 +252,13 @@ INLINE __m512i chunk(const int form, const uint8_t *at, const int j, __m512i aux
     case 6: {
       const __m512i code = chosen(15, SHIFTED(64 * (j / 4), 4, j % 4), TURNED(128, 2 * j - 4));
       const __m512i c = _mm512_and_si512(code, _mm512_set1_epi16(63));
-      return scaled(whole(_mm512_sub_epi16(c, _mm512_set1_epi16(32))), (__m512)aux);
+      return whole(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(c)),
+                   _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(c, 1)), 32, (__m512)aux);
     }
     case WHOLE8: {
-      const __m512i c = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(at + 32 * j)));
-      return scaled(whole(_mm512_sub_epi16(c, _mm512_set1_epi16(128))), (__m512)aux);
+      const __m128i *own = (const __m128i *)(at + 32 * j);
+      return whole(_mm512_cvtepu8_epi32(_mm_loadu_si128(own)), _mm512_cvtepu8_epi32(_mm_loadu_si128(own + 1)),
+                   128, (__m512)aux);
     }
     default: return from_e4m3(_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(at + 32 * j))));
   }
@@ -250,7 +288,7 @@ INLINE void one_row(const Weights *w, const int form, const int scaling, const i
   const uint8_t *at = w->words + row * w->row_bytes;
   for (long start = 0; start < w->padded; start += SPAN) {
     const long chunks = (w->padded - start < SPAN ? w->padded - start : SPAN) / 32;
-    tables(w, row, groups_at(w, start, chunks), chunks, aux);
+    tables(w, row, groups_at(w, start), chunks, aux);
     for (long c = 0; c < chunks; c += per, at += bytes_of(form)) {
       const uint16_t *here = x + start + 32 * c;
 #define ADD(j)                                                                                 \
@@ -350,7 +388,7 @@ static __attribute__((noinline)) void turn(__m512i rows[16][STEP / 32], __m512i 
 INLINE void expand_part(const Weights *w, const int form, const int scaling, const int part,
                         long row, long start, __m512i *pairs) {
   const long block = start / (32 * chunks_of(form)) * bytes_of(form);
-  const Groups range = groups_at(w, start, STEP / 32);
+  const Groups from = groups_at(w, start);
   __m512i held[16][STEP / 32]; /* tables, then weights */
   for (int r = 0; r < ROWS; r++) {
     const long own = row + r < w->n ? row + r : w->n - 1;
@@ -359,7 +397,7 @@ INLINE void expand_part(const Weights *w, const int form, const int scaling, con
     if (part == 0) /* rows lie a power of two apart, where nothing fetches ahead by itself */
       for (int byte = 0; byte < bytes_of(form); byte += 64)
         _mm_prefetch((const char *)at + AHEAD * bytes_of(form) + byte, _MM_HINT_T1);
-    tables(w, own, range, STEP / 32, aux);
+    tables(w, own, from, STEP / 32, aux);
 #define EXPAND(j)                                          \
   {                                                        \
     __m512i v = chunk(form, at, 4 * part + (j), aux[j]);   \

@@ -1,7 +1,7 @@
 """SpQR weights as table_cpu.c takes them: rows of codes in the order of their groups.
 
 stats[row, group]  = code of the scale (low nibble) and of the origin (high)
-ends[set of rows, group, 4]  = low and step of scales, low and step of origins, over the unit
+ends[set of rows, 4, group]  = low and step of scales, low and step of origins, over the unit
 order              = which column each place holds, empty where it is the place itself
 ptr, column, delta = outliers row by row: their places in ascending order, and what the exact
                      weight has beyond its code's value
@@ -52,7 +52,7 @@ def pack(codes: Tensor, params: Mapping[str, Tensor], weight: Json) -> dict[str,
     held = {
         "words": pack_rows(codes[:, order], weight["bits"]),
         "stats": (params["scale"] | params["origin"] << 4).contiguous(),
-        "ends": torch.stack(ends, -1),
+        "ends": torch.stack(ends, 1),
         "order": torch.empty(0, dtype=torch.int32),
         "unit": params["unit"].float().flatten(),
     }
@@ -77,7 +77,7 @@ def dense(held: Mapping[str, Tensor], weight: Json, rows: slice, k: int) -> Tens
     """W_hat [rows, k] fp32 over the unit, without outliers, columns by place."""
     stats, ends, of = held["stats"][rows], held["ends"], columns(k, weight["group"])
     sets = torch.arange(rows.start, rows.start + len(stats)) // weight["stat_group"]
-    low, step, origin_low, origin_step = ends[sets.clamp_max(len(ends) - 1)].float().unbind(-1)
+    low, step, origin_low, origin_step = ends[sets.clamp_max(len(ends) - 1)].float().unbind(1)
     scale = torch.addcmul(low, (stats & 15).float(), step)
     origin = torch.addcmul(origin_low, (stats >> 4).float(), origin_step)
     codes = unpack_rows(held["words"][rows], weight["bits"], k).float()
