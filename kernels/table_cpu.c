@@ -14,7 +14,6 @@ enum { PLAIN, DOUBLE, SHIFT, BILEVEL, SUMS, BLOCKS, NONE }; /* what makes tables
 enum { WHOLE8 = 8, E4M3 = 9 };                             /* forms of codes that no table takes */
 
 #define STEP 128 /* channels expanded at once for many rows of x */
-#define SPAN 1024 /* channels whose tables are made at once for few rows of x: 2 KB */
 #define AHEAD 2  /* blocks of a row fetched before they are needed */
 #define FEW 2    /* rows of x multiplied without expanding W in memory */
 
@@ -26,9 +25,10 @@ typedef struct {
   const float *row_scale;        /* [n], or [1] if row_step is 0; may be null */
   const float *token_scale;      /* [m], may be null */
   const int32_t *order;          /* [padded] which channel of x is meant, k: none; may be null */
-  const int32_t *ptr;            /* [n + 1] outliers of a row: places and what is added; may be null */
-  const uint16_t *place;
-  const uint16_t *delta; /* fp16 */
+  const int32_t *ptr;            /* [tiles + 1] outliers of ROWS rows by STEP channels; may be null */
+  const uint16_t *place;         /* row in the tile times STEP, plus channel */
+  const uint16_t *delta;         /* fp16, what is added */
+  int32_t *groups_at;            /* [padded / STEP][10] room: which groups channels belong to */
   long n, k, padded, row_bytes, group, groups, row_step, extra;
 } Weights;
 
@@ -48,83 +48,75 @@ INLINE float number(const void *from, long at, long type) {
 
 INLINE __mmask16 first_of(long count) { return count >= 16 ? 0xffff : (__mmask16)((1 << count) - 1); }
 
-/* 16 numbers from `at` on, 0 past `count` */
-INLINE __m512 numbers(const void *from, long at, long type, long count) {
-  const __mmask16 there = first_of(count);
+/* 16 numbers from `at` on, 0 where none are */
+INLINE __m512 numbers(const void *from, long at, long type, __mmask16 there) {
   if (type == FP32) return _mm512_maskz_loadu_ps(there, (const float *)from + at);
   const __m256i bits = _mm256_maskz_loadu_epi16(there, (const uint16_t *)from + at);
   return type == FP16 ? _mm512_cvtph_ps(bits) : (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
 }
 
-INLINE __m512i bytes_at(const void *from, long at, long count) {
-  return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first_of(count), (const uint8_t *)from + at));
-}
-
-/* places 0 to 15, plus first, over 2^by, less those of the first: of things that 2^by groups share */
-INLINE __m512i shared_at(long first, long by) {
-  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  return _mm512_srlv_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32((int)(first & ((1 << by) - 1)))),
-                           _mm512_set1_epi32((int)by));
+INLINE __m512i bytes_at(const void *from, long at, __mmask16 there) {
+  return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, (const uint8_t *)from + at));
 }
 
 typedef struct {
   __m512 scale, less;
 } Sixteen;
 
-/* scale and less of 16 groups of a row, 0 past the last of them; w = level scale + less */
-INLINE Sixteen decode(const Weights *w, long row, long first) {
-  const long at = row * w->groups + first, left = w->groups - first < 16 ? w->groups - first : 16;
+/* scale and less of 16 groups of a row; w = level scale + less */
+INLINE Sixteen decode(const Weights *w, long row, long first, __mmask16 there) {
+  const long at = row * w->groups + first;
   __m512 scale = _mm512_setzero_ps(), less = scale;
   switch (KIND) {
     case PLAIN:
-      scale = numbers(w->scale, at, TYPE, left);
-      if (MORE_TYPE != ABSENT) less = numbers(w->more, at, MORE_TYPE, left);
+      scale = numbers(w->scale, at, TYPE, there);
+      if (MORE_TYPE != ABSENT) less = numbers(w->more, at, MORE_TYPE, there);
       break;
-    case DOUBLE: { /* scales of 8 bits: low[code] second + offset; 256 of them share a second */
-      const __m512i block = _mm512_min_epi32(_mm512_add_epi32(shared_at(at, 8), _mm512_set1_epi32((int)(at / 256))),
-                                             _mm512_set1_epi32((int)w->extra - 1));
-      const __m512 second = _mm512_i32gather_ps(block, w->more, 4);
-      const __m512 level = _mm512_i32gather_ps(bytes_at(w->scale, at, left), w->low, 4);
-      scale = _mm512_fmadd_ps(level, second, _mm512_set1_ps(*(const float *)w->fourth));
-      scale = _mm512_max_ps(scale, _mm512_setzero_ps());
-      break;
-    }
     case SHIFT: { /* powers of two, two to a byte */
-      const __m512i pairs = bytes_at(w->scale, row * ((w->groups + 1) / 2) + first / 2, left / 2 + 1);
-      const __m512i odd = _mm512_and_si512(_mm512_add_epi32(shared_at(0, 0), _mm512_set1_epi32((int)first)), _mm512_set1_epi32(1));
-      const __m512i both = _mm512_permutexvar_epi32(shared_at(first, 1), pairs);
-      const __m512i shift = _mm512_and_si512(_mm512_srlv_epi32(both, _mm512_slli_epi32(odd, 2)), _mm512_set1_epi32(15));
+      const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+      const __m512i odd = _mm512_add_epi32(lane, _mm512_set1_epi32(first & 1));
+      const __m512i pairs = bytes_at(w->scale, row * ((w->groups + 1) / 2) + first / 2, there);
+      const __m512i both = _mm512_permutexvar_epi32(_mm512_srli_epi32(odd, 1), pairs);
+      const __m512i by = _mm512_slli_epi32(_mm512_and_si512(odd, _mm512_set1_epi32(1)), 2);
+      const __m512i shift = _mm512_and_si512(_mm512_srlv_epi32(both, by), _mm512_set1_epi32(15));
       scale = _mm512_cvtepi32_ps(_mm512_sllv_epi32(_mm512_set1_epi32(1), shift));
       break;
     }
     case BILEVEL: { /* two codes of 4 bits in a byte; ends [rows in sets of 2^extra][4][groups] */
-      const __m512i code = bytes_at(w->scale, at, left);
+      const __m512i code = bytes_at(w->scale, at, there);
       const long end = (row >> w->extra) * 4 * w->groups + first;
       const __m512 low = _mm512_cvtepi32_ps(_mm512_and_si512(code, _mm512_set1_epi32(15)));
       const __m512 high = _mm512_cvtepi32_ps(_mm512_srli_epi32(code, 4));
-      scale = _mm512_fmadd_ps(low, numbers(w->more, end + w->groups, MORE_TYPE, left), numbers(w->more, end, MORE_TYPE, left));
-      less = _mm512_fmadd_ps(high, numbers(w->more, end + 3 * w->groups, MORE_TYPE, left),
-                             numbers(w->more, end + 2 * w->groups, MORE_TYPE, left));
+      scale = _mm512_fmadd_ps(low, numbers(w->more, end + w->groups, MORE_TYPE, there),
+                              numbers(w->more, end, MORE_TYPE, there));
+      less = _mm512_fmadd_ps(high, numbers(w->more, end + 3 * w->groups, MORE_TYPE, there),
+                             numbers(w->more, end + 2 * w->groups, MORE_TYPE, there));
       less = _mm512_fnmadd_ps(scale, less, _mm512_setzero_ps());
       break;
     }
-    case BLOCKS: { /* GGUF: 2^extra sub-blocks share d and its offset; their own are small integers */
-      const __m512i block = shared_at(at, w->extra), whole = bytes_at(w->low, at, left);
-      const long shared = ((left - 1) >> w->extra) + 2 < 16 ? ((left - 1) >> w->extra) + 2 : 16;
-      const long held = (w->n * w->groups >> w->extra) - (at >> w->extra), d = shared < held ? shared : held;
+    case BLOCKS: { /* GGUF: 2^extra sub-blocks share d and its offset, a step's all do; integers are their own */
+      const __m512i whole = bytes_at(w->low, at, there);
       const __m512i own = TYPE == 1 ? _mm512_srai_epi32(_mm512_slli_epi32(whole, 24), 24)
                                     : _mm512_sub_epi32(whole, _mm512_set1_epi32(TYPE));
-      scale = _mm512_permutexvar_ps(block, numbers(w->scale, at >> w->extra, FP16, d));
-      scale = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(own));
+      const float d = half(((const uint16_t *)w->scale)[at >> w->extra]);
+      scale = _mm512_mul_ps(_mm512_set1_ps(d), _mm512_cvtepi32_ps(own));
       if (MORE_TYPE != ABSENT) {
-        less = _mm512_permutexvar_ps(block, numbers(w->more, at >> w->extra, FP16, d));
-        less = _mm512_mul_ps(less, _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_setzero_si512(), bytes_at(w->fourth, at, left))));
+        const float zero_d = -half(((const uint16_t *)w->more)[at >> w->extra]);
+        less = _mm512_mul_ps(_mm512_set1_ps(zero_d), _mm512_cvtepi32_ps(bytes_at(w->fourth, at, there)));
       }
       break;
     }
   }
   const Sixteen both = {scale, less};
   return both;
+}
+
+/* a scale of 8 bits: low[code] second + offset; 256 of them share a second */
+INLINE float doubled(const Weights *w, long at) {
+  const float *second = w->more, *level = w->low;
+  const long block = at / 256 < w->extra ? at / 256 : w->extra - 1;
+  const float s = level[((const uint8_t *)w->scale)[at]] * second[block] + *(const float *)w->fourth;
+  return s > 0 ? s : 0;
 }
 
 /* the 16 levels of one group of a row that are sums of +- its scales */
@@ -141,57 +133,58 @@ INLINE __m512 sums_of(const Weights *w, long row, long group) {
 
 INLINE __m512i joined(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
-typedef struct {
-  long first, left; /* group of the first channel, and how many channels of it are left */
+typedef struct { /* of STEP channels */
+  int32_t first, there, lane[STEP / 16]; /* first group; bits of 16 that there are; of every 16 channels, less first */
 } Groups;
 
-INLINE Groups groups_at(const Weights *w, long start) {
-  const long first = start / w->group, last = w->groups - 1;
-  const Groups at = {first < last ? first : last, w->group - start % w->group};
-  return at;
+static void find_groups(const Weights *w, Groups *to) {
+  long g = 0, left = w->group;
+  for (long start = 0; start < w->padded; start += STEP, to++)
+    for (int i = 0; i < STEP / 16; i++) {
+      if (!i) to->first = (int32_t)g, to->there = first_of(w->groups - g);
+      to->lane[i] = (int32_t)g - to->first;
+      left -= 16;
+      if (!left && g < w->groups - 1) left = w->group, g++; /* past the last, x is 0 */
+    }
 }
 
 /* levels of group `lane` of sixteen, 16 of them from `at` on */
-INLINE __m512 levels_of(const Weights *w, long row, long first, const Sixteen *own, long lane, long at) {
-  if (KIND == SUMS) return sums_of(w, row, first + lane < w->groups ? first + lane : w->groups - 1);
-  const __m512i all = _mm512_set1_epi32((int)lane);
-  const __m512 level = _mm512_loadu_ps(w->levels + at), scale = _mm512_permutexvar_ps(all, own->scale);
+INLINE __m512 levels_of(const Weights *w, long row, long first, const Sixteen *own, int32_t lane, long at) {
+  if (KIND == SUMS) return sums_of(w, row, first + lane);
+  const __m512i all = _mm512_set1_epi32(lane);
+  const __m512 level = _mm512_loadu_ps(w->levels + at);
+  if (KIND == DOUBLE)
+    return _mm512_mul_ps(level, _mm512_set1_ps(doubled(w, row * w->groups + first + lane)));
+  const __m512 scale = _mm512_permutexvar_ps(all, own->scale);
   if (MORE_TYPE == ABSENT) return _mm512_mul_ps(level, scale);
   return _mm512_fmadd_ps(level, scale, _mm512_permutexvar_ps(all, own->less));
 }
 
-/* What chunks of 32 channels of a row need: tables for channels 0-15 and 16-31 of each, or, of
-   forms without a table, scales of its pairs of channels. Groups are multiples of 16. */
-INLINE void tables(const Weights *w, long row, Groups from, long chunks, __m512i *out) {
-  const long group = w->group, last = w->groups - 1 - from.first;
-  if (KIND == SHIFT && group == 16) { /* a byte is a chunk's: shifts add to exponents */
+/* What the chunks of 32 channels of a step of a row need: tables for channels 0-15 and 16-31 of each,
+   or, of forms without a table, scales of the two. Groups are multiples of 16. */
+INLINE void tables(const Weights *w, long row, const Groups *groups, __m512i *out) {
+  const long first = groups->first;
+  const int32_t *lane = groups->lane;
+  if (KIND == SHIFT && w->group == 16) { /* a byte is a chunk's: shifts add to exponents */
     const __m512 plain = _mm512_loadu_ps(w->levels);
     const __m512i levels = joined(plain, plain), half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
     const __mmask32 some = _mm512_test_epi16_mask(levels, levels);
-    const int8_t *shifts = (const int8_t *)w->scale + row * ((w->groups + 1) / 2) + from.first / 2;
-    for (long c = 0; c < chunks; c++) {
-      const __m512i own = _mm512_srlv_epi16(_mm512_set1_epi8(shifts[2 * c < last ? c : last / 2]), half);
+    const int8_t *shifts = (const int8_t *)w->scale + row * ((w->groups + 1) / 2) + first / 2;
+    for (int c = 0; c < STEP / 32; c++) {
+      const __m512i own = _mm512_srlv_epi16(_mm512_set1_epi8(shifts[lane[2 * c] / 2]), half);
       const __m512i up = _mm512_slli_epi16(_mm512_and_si512(own, _mm512_set1_epi16(15)), 7);
       out[c] = _mm512_mask_add_epi16(levels, some, levels, up);
     }
     return;
   }
-  long first = from.first, left = from.left, lane = 0;
-  Sixteen own = decode(w, row, first);
-#define NEXT left -= 16; if (!left) { left = group; lane++; }
-  for (long c = 0; c < chunks; c++) {
-    if (lane >= 15 && c) { /* two more groups must be there */
-      first = first + lane < w->groups ? first + lane : w->groups - 1;
-      lane = 0;
-      own = decode(w, row, first);
-    }
-    const long low = lane;
-    NEXT
-    const long high = lane;
-    NEXT
+  const Sixteen own = decode(w, row, first, (__mmask16)groups->there);
+  for (int c = 0; c < STEP / 32; c++) {
+    const int32_t low = lane[2 * c], high = lane[2 * c + 1];
     if (FORM == WHOLE8 || FORM == 6 || FORM == E4M3) {
-      const __m512i lanes = _mm512_inserti64x4(_mm512_set1_epi32((int)low), _mm256_set1_epi32((int)high), 1);
+      const __m512i lanes = _mm512_inserti64x4(_mm512_set1_epi32(low), _mm256_set1_epi32(high), 1);
       out[c] = (__m512i)_mm512_permutexvar_ps(lanes, own.scale);
+    } else if (c && lane[2 * c - 2] == high) {
+      out[c] = out[c - 1];
     } else {
       const __m512 t = levels_of(w, row, first, &own, low, 0);
       if (FORM == 5) out[c] = joined(t, levels_of(w, row, first, &own, low, 16));
@@ -217,6 +210,13 @@ INLINE __m512i scaled(__m512i v, __m512 scale) {
   return _mm512_permutexvar_epi16(order, joined(even, odd));
 }
 
+/* 32 successive whole numbers in bf16 */
+INLINE __m512i below(int first) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i low = _mm512_add_epi32(lane, _mm512_set1_epi32(first));
+  return joined(_mm512_cvtepi32_ps(low), _mm512_cvtepi32_ps(_mm512_add_epi32(low, _mm512_set1_epi32(16))));
+}
+
 /* 32 codes, 16 and 16, less the middle, times scales of the two halves */
 INLINE __m512i whole(__m512i first, __m512i second, int middle, __m512 scale) {
   const __m512i by = _mm512_set1_epi32(middle);
@@ -238,6 +238,7 @@ INLINE __m512i from_e4m3(__m512i c) {
 /* Chunk j (a literal) of the block at `at`: 32 bf16 weights. aux: its tables or scales.
    The second plane of 3, 5 and 6 bits is turned so that its bits come to their places. */
 INLINE __m512i chunk(const int form, const uint8_t *at, const int j, __m512i aux) {
+  const __m512i six[2] = {below(-32), below(0)}; /* whole numbers that 6 bits are codes of */
   const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
 #define SHIFTED(offset, bits, f) _mm512_srli_epi16(from(at + (offset)), (bits) * (f))
 #define TURNED(offset, by) _mm512_shrdi_epi16(from(at + (offset)), from(at + (offset)), ((by) + 16) % 16)
@@ -251,9 +252,7 @@ INLINE __m512i chunk(const int form, const uint8_t *at, const int j, __m512i aux
           chosen(15, SHIFTED(64 * (j / 4), 4, j % 4), TURNED(256, j - 4)), aux);
     case 6: {
       const __m512i code = chosen(15, SHIFTED(64 * (j / 4), 4, j % 4), TURNED(128, 2 * j - 4));
-      const __m512i c = _mm512_and_si512(code, _mm512_set1_epi16(63));
-      return whole(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(c)),
-                   _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(c, 1)), 32, (__m512)aux);
+      return scaled(_mm512_permutex2var_epi16(six[0], code, six[1]), (__m512)aux);
     }
     case WHOLE8: {
       const __m128i *own = (const __m128i *)(at + 32 * j);
@@ -281,29 +280,26 @@ INLINE void one_row(const Weights *w, const int form, const int scaling, const i
                     const uint16_t *x, float *y) {
   enum { APART = 4 }; /* sums of a row of x, so that one need not wait for another */
   const int per = chunks_of(form);
+  const Groups *groups = (const Groups *)w->groups_at;
   __m512 sum[FEW * APART];
-  __m512i aux[SPAN / 32];
+  __m512i aux[16];
 #pragma GCC unroll 8
   for (int i = 0; i < FEW * APART; i++) sum[i] = _mm512_setzero_ps();
   const uint8_t *at = w->words + row * w->row_bytes;
-  for (long start = 0; start < w->padded; start += SPAN) {
-    const long chunks = (w->padded - start < SPAN ? w->padded - start : SPAN) / 32;
-    tables(w, row, groups_at(w, start), chunks, aux);
-    for (long c = 0; c < chunks; c += per, at += bytes_of(form)) {
-      const uint16_t *here = x + start + 32 * c;
+  for (long start = 0; start < w->padded; start += 32 * per, at += bytes_of(form)) {
+    for (int c = 0; c < per; c += STEP / 32) tables(w, row, groups++, aux + c);
 #define ADD(j)                                                                                 \
   {                                                                                            \
-    __m512i v = chunk(form, at, (j), aux[c + (j)]);                                            \
-    if (scaling) v = scaled(v, (__m512)aux[c + (j)]);                                          \
+    __m512i v = chunk(form, at, (j), aux[j]);                                                  \
+    if (scaling) v = scaled(v, (__m512)aux[j]);                                                \
     _Pragma("GCC unroll 2") for (int i = 0; i < count; i++) {                                  \
-      const __m512bh own = (__m512bh)_mm512_loadu_si512(here + i * w->padded + 32 * (j));      \
+      const __m512bh own = (__m512bh)_mm512_loadu_si512(x + start + i * w->padded + 32 * (j)); \
       sum[i * APART + (j) % APART] = _mm512_dpbf16_ps(sum[i * APART + (j) % APART], (__m512bh)v, own); \
     }                                                                                          \
   }
-      FOUR(ADD, 0)
-      if (per > 4) { FOUR(ADD, 4) }
-      if (per > 8) { FOUR(ADD, 8) FOUR(ADD, 12) }
-    }
+    FOUR(ADD, 0)
+    if (per > 4) { FOUR(ADD, 4) }
+    if (per > 8) { FOUR(ADD, 8) FOUR(ADD, 12) }
   }
 #pragma GCC unroll 2
   for (int i = 0; i < count; i++) {
@@ -328,15 +324,21 @@ INLINE uint16_t narrow(float v) {
 INLINE void few_rows(const Weights *w, const int form, const int scaling, const int count,
                      const uint16_t *x, uint16_t *y) {
 #pragma omp for schedule(static)
-  for (long row = 0; row < w->n; row++) {
-    float sum[FEW];
-    one_row(w, form, scaling, count, row, x, sum);
-    if (w->ptr)
-      for (int32_t p = w->ptr[row]; p < w->ptr[row + 1]; p++)
-        for (int i = 0; i < count; i++) sum[i] += half(w->delta[p]) * wide(x[i * w->padded + w->place[p]]);
-    const float scale = w->row_scale ? w->row_scale[row * w->row_step] : 1;
-    for (int i = 0; i < count; i++)
-      y[i * w->n + row] = narrow(sum[i] * scale * (w->token_scale ? w->token_scale[i] : 1));
+  for (long row = 0; row < w->n; row += ROWS) {
+    float sum[ROWS][FEW];
+    const long rows = w->n - row < ROWS ? w->n - row : ROWS, steps = w->padded / STEP;
+    for (long r = 0; r < rows; r++) one_row(w, form, scaling, count, row + r, x, sum[r]);
+    for (long s = 0; w->ptr && s < steps; s++) {
+      const int32_t *tile = w->ptr + row / ROWS * steps + s;
+      for (int32_t p = tile[0]; p < tile[1]; p++)
+        for (int i = 0; i < count; i++)
+          sum[w->place[p] / STEP][i] += half(w->delta[p]) * wide(x[i * w->padded + s * STEP + w->place[p] % STEP]);
+    }
+    for (long r = 0; r < rows; r++) {
+      const float scale = w->row_scale ? w->row_scale[(row + r) * w->row_step] : 1;
+      for (int i = 0; i < count; i++)
+        y[i * w->n + row + r] = narrow(sum[r][i] * scale * (w->token_scale ? w->token_scale[i] : 1));
+    }
   }
 }
 
@@ -388,7 +390,7 @@ static __attribute__((noinline)) void turn(__m512i rows[16][STEP / 32], __m512i 
 INLINE void expand_part(const Weights *w, const int form, const int scaling, const int part,
                         long row, long start, __m512i *pairs) {
   const long block = start / (32 * chunks_of(form)) * bytes_of(form);
-  const Groups from = groups_at(w, start);
+  const Groups *groups = (const Groups *)w->groups_at + start / STEP;
   __m512i held[16][STEP / 32]; /* tables, then weights */
   for (int r = 0; r < ROWS; r++) {
     const long own = row + r < w->n ? row + r : w->n - 1;
@@ -397,7 +399,7 @@ INLINE void expand_part(const Weights *w, const int form, const int scaling, con
     if (part == 0) /* rows lie a power of two apart, where nothing fetches ahead by itself */
       for (int byte = 0; byte < bytes_of(form); byte += 64)
         _mm_prefetch((const char *)at + AHEAD * bytes_of(form) + byte, _MM_HINT_T1);
-    tables(w, own, from, STEP / 32, aux);
+    tables(w, own, groups, aux);
 #define EXPAND(j)                                          \
   {                                                        \
     __m512i v = chunk(form, at, 4 * part + (j), aux[j]);   \
@@ -434,19 +436,15 @@ INLINE void many(const Weights *w, const int form, const int scaling, long m, co
       const long count = m - first < CHUNK ? m - first : CHUNK;
       float sums[CHUNK * ROWS];
       __m512i pairs[STEP / 2 * 4];
-      int32_t next[ROWS];
-      const long rows = w->n - row < ROWS ? w->n - row : ROWS;
-      if (w->ptr) memcpy(next, w->ptr + row, rows * sizeof *next);
       memset(sums, 0, count * ROWS * sizeof(float));
       for (long start = 0; start < w->padded; start += STEP) {
         expand(w, form, scaling, row, start, pairs);
-        if (w->ptr)
-          for (long r = 0; r < rows; r++)
-            for (; next[r] < w->ptr[row + r + 1] && w->place[next[r]] < start + STEP; next[r]++) {
-              const long c = w->place[next[r]] - start;
-              uint16_t *v = (uint16_t *)pairs + (c / 2 * ROWS + r) * 2 + c % 2;
-              *v = narrow(wide(*v) + half(w->delta[next[r]]));
-            }
+        const int32_t *tile = w->ptr ? w->ptr + (row / ROWS * w->padded + start) / STEP : 0;
+        for (int32_t p = tile ? tile[0] : 0; tile && p < tile[1]; p++) {
+          const long r = w->place[p] / STEP, c = w->place[p] % STEP;
+          uint16_t *v = (uint16_t *)pairs + (c / 2 * ROWS + r) * 2 + c % 2;
+          *v = narrow(wide(*v) + half(w->delta[p]));
+        }
         multiply_step(count, x + start * m + first * STEP, pairs, sums);
       }
       for (int c = 0; c < ROWS && row + c < w->n; c += 16) {
@@ -483,6 +481,7 @@ static __attribute__((noinline)) void arrange(const Weights *w, const uint16_t *
 void table_product(const Weights *w, const uint16_t *x, uint16_t *spare, long m, uint16_t *y,
                    int threads) {
   const int direct = m <= FEW;
+  find_groups(w, (Groups *)w->groups_at);
 #pragma omp parallel num_threads(threads)
   {
     arrange(w, x, m, direct ? w->padded : STEP, spare);

@@ -36,6 +36,7 @@ PLAIN, DOUBLE, SHIFT, BILEVEL, SUMS, BLOCKS, NONE = range(7)  # kinds of paramet
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ABSENT = 3
 UNIT = 16  # channels with a table of their own at least
+ROWS, STEP = 64, 128  # of W, and channels, in a tile of outliers
 
 
 def block_of(form: int) -> int:
@@ -95,7 +96,7 @@ class Weights(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in (
                 *("words", "scale", "more", "low", "fourth", "levels", "row_scale"),
-                *("token_scale", "order", "ptr", "place", "delta"),
+                *("token_scale", "order", "ptr", "place", "delta", "groups_at"),
             )
         ),
         *(
@@ -182,6 +183,8 @@ def multiply(x: Tensor, table: Table, n: int, token_scale: Tensor | None = None)
         "levels": levels, "row_scale": t.row_scale, "token_scale": token_scale, "order": t.order,
         "ptr": t.ptr, "place": t.place, "delta": t.delta,
     }  # fmt: skip
+    room = wide // STEP * (2 + STEP // UNIT)
+    tensors["groups_at"] = WORKSPACES.take("groups", room, torch.int32, x.device)
     for name, tensor in tensors.items():
         setattr(own, name, None if tensor is None else tensor.data_ptr())
     own.n, own.k, own.padded, own.row_bytes = n, k, wide, t.words.shape[1]

@@ -3,8 +3,9 @@
 stats[row, group]  = code of the scale (low nibble) and of the origin (high)
 ends[set of rows, 4, group]  = low and step of scales, low and step of origins, over the unit
 order              = which column each place holds, empty where it is the place itself
-ptr, column, delta = outliers row by row: their places in ascending order, and what the exact
-                     weight has beyond its code's value
+ptr, column, delta = outliers of one tile of 64 rows by 128 places after the other, row after row
+                     of tiles: row in the tile times 128, plus place; and what the exact weight has
+                     beyond its code's value
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch.nn import functional
 from kernels.base import Json
 from kernels.table_cpu import (
     BILEVEL,
+    ROWS,
+    STEP,
     Table,
     by_tiles,
     columns,
@@ -31,14 +34,13 @@ from kernels.table_cpu import multiply as by_table
 
 NAMES = ("scale_low", "scale_step", "origin_low", "origin_step")
 HALF_MAX = torch.finfo(torch.float16).max
-MOST = 2**16  # places that an outlier's 16 bits tell apart
 
 
 def fits(weight: Json, n: int, k: int) -> bool:
     """True if the C reads such weights: sets of rows are powers of two."""
     sets = min(weight["stat_group"], n)
     whole = sets & (sets - 1) == 0 or sets == n
-    return fits_table(weight["group"]) and whole and padded(k, weight["bits"]) <= MOST
+    return fits_table(weight["group"]) and whole
 
 
 def pack(codes: Tensor, params: Mapping[str, Tensor], weight: Json) -> dict[str, Tensor]:
@@ -63,12 +65,15 @@ def pack(codes: Tensor, params: Mapping[str, Tensor], weight: Json) -> dict[str,
         ptr = params["row_ptr"].long()
         row = torch.repeat_interleave(torch.arange(n), ptr.diff())
         place = order.argsort()[params["column"].long()]
-        sort = (row * k + place).argsort()
-        place = place[sort]
+        steps = padded(k, weight["bits"]) // STEP
+        tile = row // ROWS * steps + place // STEP
+        sort = tile.argsort(stable=True)
+        row, place, tile = row[sort], place[sort], tile[sort]
         w = dense(held, weight, slice(0, n), k)
         delta = params["value"].float()[sort] / held["unit"] - w[row, place]
-        held["ptr"] = ptr.to(torch.int32)
-        held["column"] = place.to(torch.uint16)
+        count = torch.bincount(tile, minlength=-(-n // ROWS) * steps)
+        held["ptr"] = functional.pad(count.cumsum(0), (1, 0)).to(torch.int32)
+        held["column"] = (row % ROWS * STEP + place % STEP).to(torch.uint16)
         held["delta"] = delta.clamp(-HALF_MAX, HALF_MAX).half()
     return held
 
@@ -85,12 +90,16 @@ def dense(held: Mapping[str, Tensor], weight: Json, rows: slice, k: int) -> Tens
 
 
 def outliers(w: Tensor, held: Mapping[str, Tensor], rows: slice) -> Tensor:
-    """Rows of `dense` with their outliers."""
+    """Rows of `dense`, from a tile's first on, with their outliers."""
     if "ptr" in held:
-        ptr = held["ptr"][rows.start : rows.stop + 1].long()
-        row = torch.repeat_interleave(torch.arange(len(w)), ptr.diff())
+        steps = (len(held["ptr"]) - 1) // -(-len(held["stats"]) // ROWS)
+        first = rows.start // ROWS * steps
+        ptr = held["ptr"][first : first + -(-len(w) // ROWS) * steps + 1].long()
         part = slice(int(ptr[0]), int(ptr[-1]))
-        w[row, held["column"][part].long()] += held["delta"][part].float()
+        tile = torch.repeat_interleave(torch.arange(len(ptr) - 1), ptr.diff())
+        place = held["column"][part].long()
+        row, column = tile // steps * ROWS + place // STEP, tile % steps * STEP + place % STEP
+        w[row, column] += held["delta"][part].float()
     return w
 
 
