@@ -10,15 +10,20 @@
 #include "product.h"
 
 enum { FP32, FP16, BF16, ABSENT };                         /* types of parameters */
-enum { PLAIN, DOUBLE, SHIFT, BILEVEL, SUMS, BLOCKS, NONE }; /* what makes tables: table_cpu.py */
+enum { PLAIN, DOUBLE, SHIFT, BILEVEL, SUMS, BLOCKS, NONE, ZEROS }; /* what makes tables: table_cpu.py */
 enum { WHOLE8 = 8, E4M3 = 9 };                             /* forms of codes that no table takes */
+enum { KEPT4 = 14, KEPT_BF16 = 15, KEPT_FP16 = 16, KEPT_FP32 = 17 }; /* of pruned rows: codes, numbers */
+#define PRUNED (FORM >= KEPT4)
 
 #define STEP 128 /* channels expanded at once for many rows of x */
 #define AHEAD 2  /* blocks of a row fetched before they are needed */
 #define FEW 2    /* rows of x multiplied without expanding W in memory */
 
 typedef struct {
-  const uint8_t *words;          /* [n][padded channels] codes, in blocks as layout says */
+  const uint8_t *words;          /* [n][padded channels] codes, in blocks as layout says; of pruned
+                                    rows those that are kept, row after row, with 64 bytes to spare */
+  const uint32_t *where;         /* [n][padded / 32] bits: which channels a pruned row keeps */
+  const int64_t *starts;         /* [n + 1] its first */
   const void *scale, *more, *low; /* parameters of a kind */
   const void *fourth;
   const float *levels;           /* [32] */
@@ -71,6 +76,11 @@ INLINE Sixteen decode(const Weights *w, long row, long first, __mmask16 there) {
     case PLAIN:
       scale = numbers(w->scale, at, TYPE, there);
       if (MORE_TYPE != ABSENT) less = numbers(w->more, at, MORE_TYPE, there);
+      break;
+    case ZEROS: /* whole zero points, in bytes */
+      scale = numbers(w->scale, at, TYPE, there);
+      less = _mm512_cvtepi32_ps(bytes_at(w->more, at, there));
+      less = _mm512_fnmadd_ps(scale, less, _mm512_setzero_ps());
       break;
     case SHIFT: { /* powers of two, two to a byte */
       const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -156,13 +166,14 @@ INLINE __m512 levels_of(const Weights *w, long row, long first, const Sixteen *o
   if (KIND == DOUBLE)
     return _mm512_mul_ps(level, _mm512_set1_ps(doubled(w, row * w->groups + first + lane)));
   const __m512 scale = _mm512_permutexvar_ps(all, own->scale);
-  if (MORE_TYPE == ABSENT) return _mm512_mul_ps(level, scale);
+  if (MORE_TYPE == ABSENT && KIND != ZEROS) return _mm512_mul_ps(level, scale);
   return _mm512_fmadd_ps(level, scale, _mm512_permutexvar_ps(all, own->less));
 }
 
 /* What the chunks of 32 channels of a step of a row need: tables for channels 0-15 and 16-31 of each,
    or, of forms without a table, scales of the two. Groups are multiples of 16. */
 INLINE void tables(const Weights *w, long row, const Groups *groups, __m512i *out) {
+  if (KIND == NONE) return;
   const long first = groups->first;
   const int32_t *lane = groups->lane;
   if (KIND == SHIFT && w->group == 16) { /* a byte is a chunk's: shifts add to exponents */
@@ -263,6 +274,55 @@ INLINE __m512i chunk(const int form, const uint8_t *at, const int j, __m512i aux
   }
 }
 
+/* fp16 numbers rounded to bf16, halves to even: the exponent moves; where one is subnormal, by fp32,
+   whose conversions take twice as long as all the rest */
+INLINE __m512i from_fp16(__m512i v) {
+  const __m512i one = _mm512_set1_epi16(1), size = _mm512_and_si512(v, _mm512_set1_epi16(0x7fff));
+  if (_mm512_cmplt_epu16_mask(_mm512_sub_epi16(size, one), _mm512_set1_epi16(0x3ff)))
+    return joined(_mm512_cvtph_ps(_mm512_castsi512_si256(v)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1)));
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(size, 3), one);
+  const __m512i near = _mm512_srli_epi16(_mm512_add_epi16(size, _mm512_add_epi16(odd, _mm512_set1_epi16(3))), 3);
+  const __mmask32 some = _mm512_test_epi16_mask(size, size);
+  return chosen(0x7fff, _mm512_mask_add_epi16(near, some, near, _mm512_set1_epi16((127 - 15) << 7)), v);
+}
+
+INLINE long kept_bytes(const int form, int64_t count) {
+  return form == KEPT4 ? count / 2 : form == KEPT_FP32 ? count * 4 : count * 2;
+}
+
+/* in a register: expanding from memory is many times slower */
+INLINE __m512i loaded(const uint8_t *at) {
+  __m512i v = from(at);
+  __asm__("" : "+v"(v));
+  return v;
+}
+
+/* The next 32 channels of a pruned row, `at` counts what it has kept before. */
+INLINE __m512i pruned(const int form, const Weights *w, int64_t *at, uint32_t where, __m512i table) {
+  const uint8_t *from_here = w->words + kept_bytes(form, *at);
+  const int odd = *at & 1;
+  *at += __builtin_popcount(where);
+  if (form == KEPT4) { /* two codes to a byte; a word has those of a byte and of the next */
+    const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)from_here));
+    const __m256i next = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(from_here + 1)));
+    const __m256i both = _mm256_srl_epi16(_mm256_or_si256(bytes, _mm256_slli_epi16(next, 8)), _mm_cvtsi32_si128(4 * odd));
+    const __m512i twice = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7,
+                                           6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+    const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+    __m512i code = _mm512_permutexvar_epi16(twice, _mm512_castsi256_si512(both));
+    code = _mm512_srlv_epi16(code, _mm512_set1_epi32(4 << 16));
+    code = chosen(15, _mm512_maskz_expand_epi16(where, code), half);
+    return _mm512_maskz_permutexvar_epi16(where, code, table);
+  }
+  if (form == KEPT_FP32) {
+    const __m512 low = _mm512_maskz_expand_ps((__mmask16)where, (__m512)loaded(from_here));
+    const uint8_t *rest = from_here + 4 * __builtin_popcount(where & 0xffff);
+    return joined(low, _mm512_maskz_expand_ps((__mmask16)(where >> 16), (__m512)loaded(rest)));
+  }
+  const __m512i v = _mm512_maskz_expand_epi16(where, loaded(from_here));
+  return form == KEPT_BF16 ? v : from_fp16(v);
+}
+
 /* chunks and bytes of a block; every form has its own */
 INLINE int chunks_of(const int form) {
   return form == 1 || form == 3 || form == 5 ? 16 : form == 2 || form == 6 ? 8 : 4;
@@ -282,15 +342,17 @@ INLINE void one_row(const Weights *w, const int form, const int scaling, const i
   const int per = chunks_of(form);
   const Groups *groups = (const Groups *)w->groups_at;
   __m512 sum[FEW * APART];
-  __m512i aux[16];
+  __m512i aux[16] = {0};
 #pragma GCC unroll 8
   for (int i = 0; i < FEW * APART; i++) sum[i] = _mm512_setzero_ps();
   const uint8_t *at = w->words + row * w->row_bytes;
+  const uint32_t *where = PRUNED ? w->where + row * (w->padded / 32) : 0;
+  int64_t kept = PRUNED ? w->starts[row] : 0;
   for (long start = 0; start < w->padded; start += 32 * per, at += bytes_of(form)) {
     for (int c = 0; c < per; c += STEP / 32) tables(w, row, groups++, aux + c);
 #define ADD(j)                                                                                 \
   {                                                                                            \
-    __m512i v = chunk(form, at, (j), aux[j]);                                                  \
+    __m512i v = PRUNED ? pruned(form, w, &kept, where[start / 32 + (j)], aux[j]) : chunk(form, at, (j), aux[j]); \
     if (scaling) v = scaled(v, (__m512)aux[j]);                                                \
     _Pragma("GCC unroll 2") for (int i = 0; i < count; i++) {                                  \
       const __m512bh own = (__m512bh)_mm512_loadu_si512(x + start + i * w->padded + 32 * (j)); \
@@ -388,7 +450,7 @@ static __attribute__((noinline)) void turn(__m512i rows[16][STEP / 32], __m512i 
 
 /* 64 rows of W by STEP channels -> pairs [64][4][16]; part (a literal): which chunks of a block */
 INLINE void expand_part(const Weights *w, const int form, const int scaling, const int part,
-                        long row, long start, __m512i *pairs) {
+                        long row, long start, int64_t *kept, __m512i *pairs) {
   const long block = start / (32 * chunks_of(form)) * bytes_of(form);
   const Groups *groups = (const Groups *)w->groups_at + start / STEP;
   __m512i held[16][STEP / 32]; /* tables, then weights */
@@ -396,13 +458,19 @@ INLINE void expand_part(const Weights *w, const int form, const int scaling, con
     const long own = row + r < w->n ? row + r : w->n - 1;
     const uint8_t *at = w->words + own * w->row_bytes + block;
     __m512i *aux = held[r % 16];
-    if (part == 0) /* rows lie a power of two apart, where nothing fetches ahead by itself */
+    const uint32_t *where = PRUNED ? w->where + (own * w->padded + start) / 32 : 0;
+    if (part == 0 && !PRUNED) /* rows lie a power of two apart, where nothing fetches ahead by itself */
       for (int byte = 0; byte < bytes_of(form); byte += 64)
         _mm_prefetch((const char *)at + AHEAD * bytes_of(form) + byte, _MM_HINT_T1);
+    if (PRUNED) { /* three steps ahead, half of them kept */
+      const uint8_t *later = w->words + kept_bytes(form, kept[r] + 3 * STEP / 2);
+      for (long byte = 0; byte < kept_bytes(form, STEP / 2) + 63; byte += 64) _mm_prefetch((const char *)later + byte, _MM_HINT_T0);
+      _mm_prefetch((const char *)(where + 3 * STEP / 32), _MM_HINT_T0);
+    }
     tables(w, own, groups, aux);
 #define EXPAND(j)                                          \
   {                                                        \
-    __m512i v = chunk(form, at, 4 * part + (j), aux[j]);   \
+    __m512i v = PRUNED ? pruned(form, w, kept + r, where[j], aux[j]) : chunk(form, at, 4 * part + (j), aux[j]); \
     aux[j] = scaling ? scaled(v, (__m512)aux[j]) : v;      \
   }
     FOUR(EXPAND, 0)
@@ -411,12 +479,12 @@ INLINE void expand_part(const Weights *w, const int form, const int scaling, con
 }
 
 INLINE void expand(const Weights *w, const int form, const int scaling, long row, long start,
-                   __m512i *pairs) {
+                   int64_t *kept, __m512i *pairs) {
   switch (start / STEP % (chunks_of(form) / 4)) {
-    case 0: expand_part(w, form, scaling, 0, row, start, pairs); break;
-    case 1: if (chunks_of(form) > 4) expand_part(w, form, scaling, 1, row, start, pairs); break;
-    case 2: if (chunks_of(form) > 8) expand_part(w, form, scaling, 2, row, start, pairs); break;
-    case 3: if (chunks_of(form) > 8) expand_part(w, form, scaling, 3, row, start, pairs); break;
+    case 0: expand_part(w, form, scaling, 0, row, start, kept, pairs); break;
+    case 1: if (chunks_of(form) > 4) expand_part(w, form, scaling, 1, row, start, kept, pairs); break;
+    case 2: if (chunks_of(form) > 8) expand_part(w, form, scaling, 2, row, start, kept, pairs); break;
+    case 3: if (chunks_of(form) > 8) expand_part(w, form, scaling, 3, row, start, kept, pairs); break;
   }
 }
 
@@ -436,9 +504,11 @@ INLINE void many(const Weights *w, const int form, const int scaling, long m, co
       const long count = m - first < CHUNK ? m - first : CHUNK;
       float sums[CHUNK * ROWS];
       __m512i pairs[STEP / 2 * 4];
+      int64_t kept[ROWS]; /* of pruned rows, before the step */
+      for (long r = 0; PRUNED && r < ROWS; r++) kept[r] = w->starts[row + r < w->n ? row + r : w->n - 1];
       memset(sums, 0, count * ROWS * sizeof(float));
       for (long start = 0; start < w->padded; start += STEP) {
-        expand(w, form, scaling, row, start, pairs);
+        expand(w, form, scaling, row, start, kept, pairs);
         const int32_t *tile = w->ptr ? w->ptr + (row / ROWS * w->padded + start) / STEP : 0;
         for (int32_t p = tile ? tile[0] : 0; tile && p < tile[1]; p++) {
           const long r = w->place[p] / STEP, c = w->place[p] % STEP;

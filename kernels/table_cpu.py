@@ -31,8 +31,9 @@ from kernels.workspace import WORKSPACES
 
 CHUNK = 32  # channels that fill a register of bf16
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}  # bits of planes, low first
+KEPT4, KEPT_BF16, KEPT_FP16, KEPT_FP32 = range(14, 18)  # forms of pruned rows: codes or numbers
 E4M3 = 9  # the form of codes that are e4m3 numbers; other forms are bits
-PLAIN, DOUBLE, SHIFT, BILEVEL, SUMS, BLOCKS, NONE = range(7)  # kinds of parameters, as in C
+PLAIN, DOUBLE, SHIFT, BILEVEL, SUMS, BLOCKS, NONE, ZEROS = range(8)  # kinds of parameters, as in C
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ABSENT = 3
 UNIT = 16  # channels with a table of their own at least
@@ -95,8 +96,8 @@ class Weights(ctypes.Structure):
         *(
             (name, ctypes.c_void_p)
             for name in (
-                *("words", "scale", "more", "low", "fourth", "levels", "row_scale"),
-                *("token_scale", "order", "ptr", "place", "delta", "groups_at"),
+                *("words", "where", "starts", "scale", "more", "low", "fourth", "levels"),
+                *("row_scale", "token_scale", "order", "ptr", "place", "delta", "groups_at"),
             )
         ),
         *(
@@ -131,6 +132,8 @@ class Table:
     ptr: Tensor | None = None
     place: Tensor | None = None
     delta: Tensor | None = None
+    where: Tensor | None = None
+    starts: Tensor | None = None
     kind_type: int | None = None
     extra: int = 0
 
@@ -181,13 +184,13 @@ def multiply(x: Tensor, table: Table, n: int, token_scale: Tensor | None = None)
     tensors = {
         "words": t.words, "scale": t.scale, "more": t.more, "low": t.low, "fourth": t.fourth,
         "levels": levels, "row_scale": t.row_scale, "token_scale": token_scale, "order": t.order,
-        "ptr": t.ptr, "place": t.place, "delta": t.delta,
+        "ptr": t.ptr, "place": t.place, "delta": t.delta, "where": t.where, "starts": t.starts,
     }  # fmt: skip
     room = wide // STEP * (2 + STEP // UNIT)
     tensors["groups_at"] = WORKSPACES.take("groups", room, torch.int32, x.device)
     for name, tensor in tensors.items():
         setattr(own, name, None if tensor is None else tensor.data_ptr())
-    own.n, own.k, own.padded, own.row_bytes = n, k, wide, t.words.shape[1]
+    own.n, own.k, own.padded, own.row_bytes = n, k, wide, t.words.shape[-1]
     own.group, own.groups, own.extra = t.group or wide, t.groups, t.extra
     own.row_step = 0 if t.row_scale is None or t.row_scale.numel() == 1 else 1
     spare = WORKSPACES.take("arranged rows", m * wide, x.dtype, x.device)

@@ -1,6 +1,7 @@
 """Pruned weights: kept numbers or codes, and where they were (2:4 places, or a mask).
 
-It saves memory, not time: putting weights in place costs what reading fewer saves.
+A CPU where table_cpu.c compiles puts them in place in registers (rows.py). Elsewhere they save
+memory, not time: putting weights in place costs what reading fewer saves.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from kernels import ops
 from kernels.base import Case, Json, Packed
 from kernels.integers import DTYPES, int_format, random_weight
 from kernels.sparse_24 import expand
+from kernels.sparse_24 import rows as by_row
 from kernels.sparse_24.layout import is_placed, pack_kept, pack_where
+from kernels.table_cpu import ready
 
 TILE = 128  # rows of W made dense at once on a CPU
 CELLS = 2**24  # weights on a GPU: ten bytes each, places looked up included
@@ -107,6 +110,9 @@ class Sparse24:
         """codes [n, k] uint8, or for a dtype W [n, k] itself; params has "keep" [n, k] bool."""
         n, k = codes.shape
         keep, bits = params["keep"], bits_of(weight)
+        if ready(codes.device) and by_row.suits(weight):
+            held = by_row.pack(by_row.numbers(codes, weight), keep, params)
+            return Packed(held, n, k, weight, act)
         placed = is_placed(keep, weight["bucket"])
         rows = TILE if codes.device.type == "cpu" else 8 * max(1, CELLS // (8 * k))
         values = codes if weight["kind"] == "int" else codes.to(DTYPES[weight["kind"]])
@@ -118,12 +124,16 @@ class Sparse24:
 
     def matmul(self, x: Tensor, packed: Packed) -> Tensor:
         t, form = packed.tensors, packed.weight
+        if "values" in t:
+            return by_row.product(x, t, form)
         own = (t["stream"], t["where"], t.get("scale"), t.get("zero"))
         how = (form["starts"], form["rows"], bits_of(form), form.get("group", 0), form["placed"])
         return OP(x, *own, *how)
 
     def reference(self, x: Tensor, packed: Packed) -> Tensor:
         t, form = packed.tensors, packed.weight
+        if "values" in t:
+            return by_row.product(x.float(), t, form)
         own = (t["stream"], t["where"], t.get("scale"), t.get("zero"))
         how = (form["starts"], form["rows"], bits_of(form), form.get("group", 0), form["placed"])
         return expand.multiply(x.float(), *own, *how)
@@ -139,7 +149,9 @@ class Sparse24:
         return torch.randn(shape, generator=generator).to(DTYPES[case.weight["kind"]]), kept
 
     def container(self, weight: Json) -> str:
-        return "pruned weights are put in place for every product: they save memory, not time"
+        if bits_of(weight) < 4:
+            return f"a CPU keeps {bits_of(weight)}-bit codes in half bytes"
+        return ""
 
 
 def bits_of(weight: Json) -> int:
