@@ -165,15 +165,17 @@ def matmul4(x: Tensor, packed: Packed) -> Tensor:
 def product4(x: Tensor, q: Tensor, pair: Tensor, n: int) -> Tensor:
     """x [m, k] bf16, q and scale_zero as of pack4 -> [m, n] bf16: the fastest way for m rows."""
     m, k = x.shape
+    rows, groups = len(q), len(pair)
     if (c := native()) is not None:
-        y = x.new_empty(m, q.shape[0])
-        few = m <= FEW4
-        sums = (
-            WORKSPACES.take("group sums", m * len(pair), torch.float32, x.device) if few else None
+        few = m * groups if m <= FEW4 else 0  # sums of groups of x, behind x arranged
+        room = WORKSPACES.take("arranged rows", m * k + 2 * few, x.dtype, x.device).data_ptr()
+        y = x.new_empty(m, rows)
+        c.product4(
+            *(x.data_ptr(), room, q.data_ptr(), pair.data_ptr(), room + 2 * m * k if few else None),
+            *(m, rows, k, k // groups, y.data_ptr(), torch.get_num_threads()),
         )
-        held = places(x, spare(x), q, pair, sums)
-        c.product4(*held, m, len(q), k, k // len(pair), *ends(y))
-    elif m <= ROWS4:
+        return y if rows == n else y[:, :n].contiguous()
+    if m <= ROWS4:
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, q, k // len(pair), pair)
     else:
         y = x.new_empty(m, q.shape[0])

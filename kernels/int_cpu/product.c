@@ -6,6 +6,7 @@
 #include "../product.h"
 
 #define GROUP 128 /* most input channels expanded at once: 16 KB */
+#define AHEAD 4096 /* bytes of codes fetched before they are needed */
 #define FEW 4     /* rows of x multiplied by codes in registers at once */
 
 /* 16 fp32 of channel j and of j + 1 -> 16 pairs of bf16 */
@@ -43,8 +44,8 @@ INLINE void expand4(const uint8_t *codes, long channels, const __m512 *scale, co
 /* sums [count][ROWS] += x [count][channels] times the same codes, then `after`: no W in memory.
    code - 8 is looked up: bytes come to words in the order of pairs, and the table is there twice,
    so that the bit above a code does not matter. k: channels from row to row of x */
-INLINE void multiply4(const int count, const uint16_t *x, long k, const uint8_t *codes,
-                      long channels, const After *after, float *sums) {
+INLINE void multiply4(const int count, const int fetch, const uint16_t *x, long k,
+                      const uint8_t *codes, long channels, const After *after, float *sums) {
   const __m512i table = _mm512_set4_epi64(0x40e040c040a04080, 0x404040003f800000, (long long)0xbf80c000c040c080,
                                           (long long)0xc0a0c0c0c0e0c100);
   const __m512i place = _mm512_set_epi16( /* word 2 r: byte r, word 2 r + 1: byte 32 + r */
@@ -55,6 +56,7 @@ INLINE void multiply4(const int count, const uint16_t *x, long k, const uint8_t 
   EACH(count, sum[i][c] = _mm512_setzero_ps())
   for (long j = 0; j < channels; j += 2, codes += 64) {
     const __m512i both = _mm512_loadu_si512(codes);
+    if (fetch) _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
     const __m512i a = _mm512_permutexvar_epi8(place, both), b = _mm512_permutexvar_epi8(next, both);
     const __m512i w[4] = {_mm512_permutexvar_epi16(a, table), _mm512_permutexvar_epi16(b, table),
                           _mm512_permutexvar_epi16(_mm512_srli_epi16(a, 4), table),
@@ -74,12 +76,12 @@ INLINE void multiply4(const int count, const uint16_t *x, long k, const uint8_t 
 INLINE void multiply4_all(long m, const uint16_t *x, long k, const uint8_t *codes, long channels,
                           const After *after, float *sums) {
   After now = *after;
-  for (; m > 0; m -= FEW, x += FEW * k, sums += FEW * ROWS, now.x_sums += FEW)
+  for (int fetch = 1; m > 0; m -= FEW, x += FEW * k, sums += FEW * ROWS, now.x_sums += FEW, fetch = 0)
     switch (m) {
-      case 1: multiply4(1, x, k, codes, channels, &now, sums); break;
-      case 2: multiply4(2, x, k, codes, channels, &now, sums); break;
-      case 3: multiply4(3, x, k, codes, channels, &now, sums); break;
-      default: multiply4(4, x, k, codes, channels, &now, sums);
+      case 1: multiply4(1, fetch, x, k, codes, channels, &now, sums); break;
+      case 2: multiply4(2, fetch, x, k, codes, channels, &now, sums); break;
+      case 3: multiply4(3, fetch, x, k, codes, channels, &now, sums); break;
+      default: multiply4(4, fetch, x, k, codes, channels, &now, sums);
     }
 }
 
@@ -130,7 +132,9 @@ static void sum_groups(const uint16_t *x, long m, long k, long group, float *to)
    group, group of 32 and at most GROUP. x_sums: room for [k / group][m], null for many rows. */
 void product4(const uint16_t *x, uint16_t *spare, const uint8_t *q, const uint16_t *offsets,
               float *x_sums, long m, long n, long k, long group, uint16_t *y, int threads) {
-  arrange(x, m, k, group, spare);
+  const long step = x_sums || k % GROUP ? group : GROUP; /* groups that are expanded at once */
+  if (m > 1) arrange(x, m, k, step, spare);
+  const uint16_t *rows = m > 1 ? spare : x; /* one row is arranged as it is */
   if (x_sums) sum_groups(x, m, k, group, x_sums);
 #pragma omp parallel for num_threads(threads) collapse(2) schedule(static)
   for (long first = 0; first < m; first += CHUNK)
@@ -139,24 +143,29 @@ void product4(const uint16_t *x, uint16_t *spare, const uint8_t *q, const uint16
       float sums[CHUNK * ROWS];
       __m512i pairs[GROUP / 2 * 4];
       memset(sums, 0, count * ROWS * sizeof(float));
-      for (long start = 0; start < k; start += group) {
+      for (long start = 0; start < k; start += step) {
         const uint8_t *codes = q + (row / ROWS * k + start) * 32;
-        const uint16_t *own = spare + start * m + first * group;
-        __m512 scale[4], more[4];
-        for (int c = 0; c < 4; c++) {
-          const __m512i both = _mm512_loadu_si512(offsets + (start / group * n + row) * 2 + 32 * c);
-          more[c] = (__m512)_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000));
-          scale[c] = (__m512)_mm512_slli_epi32(both, 16);
+        const uint16_t *own = rows + start * m + first * step;
+        for (long at = 0; at < step; at += group) {
+          const uint16_t *here = offsets + ((start + at) / group * n + row) * 2;
+          __m512 scale[4], more[4];
+          for (int c = 0; c < 4; c++) {
+            const __m512i both = _mm512_loadu_si512(here + 32 * c);
+            more[c] = (__m512)_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000));
+            scale[c] = (__m512)_mm512_slli_epi32(both, 16);
+            _mm_prefetch((const char *)(here + n * 2 + 32 * c), _MM_HINT_T0); /* no neighbours of these */
+          }
+          if (x_sums) {
+            const After after = {scale, more, x_sums + start / group * m + first, 0, 0, 0};
+            multiply4_all(count, own, group, codes, group, &after, sums);
+          } else {
+            for (int c = 0; c < 4; c++) more[c] = _mm512_fnmadd_ps(_mm512_set1_ps(136), scale[c], more[c]);
+            expand4(codes + at * 32, group, scale, more, pairs + at / 2 * 4);
+          }
         }
-        if (x_sums) {
-          const After after = {scale, more, x_sums + start / group * m + first, 0, 0, 0};
-          multiply4_all(count, own, group, codes, group, &after, sums);
-        } else {
-          for (int c = 0; c < 4; c++) more[c] = _mm512_fnmadd_ps(_mm512_set1_ps(136), scale[c], more[c]);
-          const After after = {0, 0, 0, 0, codes + group * 32, group * 32};
-          expand4(codes, group, scale, more, pairs);
-          multiply_all(PAIRS, count, (const uint8_t *)own, 2 * group, pairs, group / 2, &after, sums);
-        }
+        if (x_sums) continue;
+        const After after = {0, 0, 0, 0, codes + step * 32, step * 32};
+        multiply_all(PAIRS, count, (const uint8_t *)own, 2 * step, pairs, step / 2, &after, sums);
       }
       store(count, sums, y + first * n + row, n);
     }
