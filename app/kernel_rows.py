@@ -18,6 +18,7 @@ DENSE = "bf16"
 ATTENTION = ("kv_decode", "sdpa")  # no products with weights: on packed caches, and on bf16
 COMPARED = (DENSE, "sdpa")  # what the others are compared with
 VALUE_BYTES = 2  # of x and y
+NUMBERS = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}  # kinds that are no codes
 CAPITALS = ("int", "codebook", "minifloat")  # formats whose names are written in capitals
 SWITCHES = {"symmetric": "sym", "double_quant": "double"}
 
@@ -79,13 +80,21 @@ def named(kernel: str, weight: Mapping[str, Any], act: Mapping[str, Any] | None)
 def form(data: Mapping[str, Any]) -> str:
     """A format in a few words."""
     kind = str(data["kind"])
-    words = data.get("type") or data.get("table") or (kind if kind in CAPITALS else kind_name(kind))
+    if kind == "gguf":
+        return str(data["type"])  # llama.cpp's own name, groups included
+    words = data.get("type") or data.get("table") or NUMBERS.get(kind)
+    words = words or (kind if kind in CAPITALS else kind_name(kind))
     bits = "" if data.get("type") or kind == "llm_int8" else data.get("bits", "")
     parts = [f"{str(words).upper() if kind in CAPITALS else words}{bits}".replace("_", " ")]
     parts += [f"g{data['group']}"] if data.get("group") else []
     parts += [f"{data['outliers']} outliers"] if isinstance(data.get("outliers"), str) else []
     parts += [word for name, word in SWITCHES.items() if data.get(name)]
-    parts += [f"+ {str(name).replace('_', ' ')}" for name in data.get("beside", ())]
+    beside = list(data.get("beside", ()))
+    if "keep" in beside:
+        beside.remove("keep")
+        bucket = int(data.get("bucket", 0))
+        parts.append(f"{bucket // 2}:{bucket}" if bucket else "pruned")
+    parts += [f"+ {str(name).replace('_', ' ')}" for name in beside]
     return " ".join(parts)
 
 

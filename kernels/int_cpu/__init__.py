@@ -180,8 +180,8 @@ def product4(x: Tensor, q: Tensor, pair: Tensor, n: int) -> Tensor:
     else:
         y = x.new_empty(m, q.shape[0])
         for start in range(0, q.shape[0], TILE):
-            rows = slice(start, start + TILE)
-            y[:, rows] = x @ expand4(q[rows], pair[:, rows], torch.bfloat16)
+            part = slice(start, start + TILE)
+            y[:, part] = x @ expand4(q[part], pair[:, part], torch.bfloat16)
     return y[:, :n].contiguous()
 
 
