@@ -1,6 +1,7 @@
 # Two commands do everything: `make run` (install, serve) and `make test` (install, check, test).
 PYTHON ?= python3
 PORT   ?= 7860
+TESTS  ?= 2
 BIN    := .venv/bin
 
 .PHONY: run test check bench demo-model format clean
@@ -8,8 +9,9 @@ BIN    := .venv/bin
 run: .venv/.installed-run
 	@$(BIN)/quantarena serve --port $(PORT)
 
+# Files of tests go to $(TESTS) processes, each with one thread for its products.
 test: .venv/.installed-test .venv/.chromium check
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTS) --dist loadfile
 
 check: .venv/.installed-test
 	@$(BIN)/ruff check .

@@ -34,6 +34,7 @@ from kernels.native import library
 from kernels.workspace import WORKSPACES
 
 FEW4 = 64  # rows of x up to which scales meet sums and not weights in product.c
+SINGLE = 2048  # groups of one row whose sums product.c keeps without room given
 ROWS4 = 128  # rows of x up to which it beats expanding: 0.2 ms each, against 18
 ROWS8 = 16  # the same for 8 bits: 0.21 ms each, against 2.5
 TILE = 1024  # rows of W expanded at once: larger fresh buffers cost page faults
@@ -167,11 +168,13 @@ def product4(x: Tensor, q: Tensor, pair: Tensor, n: int) -> Tensor:
     m, k = x.shape
     rows, groups = len(q), len(pair)
     if (c := native()) is not None:
-        few = m * groups if m <= FEW4 else 0  # sums of groups of x, behind x arranged
-        room = WORKSPACES.take("arranged rows", m * k + 2 * few, x.dtype, x.device).data_ptr()
+        few, room = m <= FEW4, None
+        if m > 1 or groups > SINGLE:  # x arranged, and sums of its groups
+            size = m * (k + 2 * groups)
+            room = WORKSPACES.take("arranged rows", size, x.dtype, x.device).data_ptr()
         y = x.new_empty(m, rows)
         c.product4(
-            *(x.data_ptr(), room, q.data_ptr(), pair.data_ptr(), room + 2 * m * k if few else None),
+            *(x.data_ptr(), room, q.data_ptr(), pair.data_ptr(), few),
             *(m, rows, k, k // groups, y.data_ptr(), torch.get_num_threads()),
         )
         return y if rows == n else y[:, :n].contiguous()
@@ -203,7 +206,10 @@ def native() -> ctypes.CDLL | None:
     compiled = library(Path(__file__).with_name("product.c"))
     if compiled is not None:
         place, size = ctypes.c_void_p, ctypes.c_long
-        compiled.product4.argtypes = [place] * 5 + [size] * 4 + [place, ctypes.c_int]
+        compiled.product4.argtypes = [
+            *(place, place, place, place, ctypes.c_int),
+            *(size, size, size, size, place, ctypes.c_int),
+        ]
         compiled.product8.argtypes = [place] * 5 + [size] * 4 + [place, ctypes.c_int]
         compiled.product4.restype = compiled.product8.restype = None
     return compiled

@@ -6,6 +6,7 @@
 #include "../product.h"
 
 #define GROUP 128 /* most input channels expanded at once: 16 KB */
+#define SINGLE 2048 /* groups of a row whose sums are kept on the stack */
 #define AHEAD 4096 /* bytes of codes fetched before they are needed */
 #define FEW 4     /* rows of x multiplied by codes in registers at once */
 
@@ -129,9 +130,11 @@ static void sum_groups(const uint16_t *x, long m, long k, long group, float *to)
 
 /* x [m][k] bf16, m k more of it in spare; q [n / 64][k][32] bytes; offsets [k / group][n][2] bf16,
    scale and offset of w = (code - 8) scale + offset; y [m][n] bf16. n is a multiple of 64, k of
-   group, group of 32 and at most GROUP. x_sums: room for [k / group][m], null for many rows. */
+   group, group of 32 and at most GROUP. few: scales meet sums, and spare has room for floats
+   [k / group][m] behind x; a single row of up to SINGLE groups needs none. */
 void product4(const uint16_t *x, uint16_t *spare, const uint8_t *q, const uint16_t *offsets,
-              float *x_sums, long m, long n, long k, long group, uint16_t *y, int threads) {
+              int few, long m, long n, long k, long group, uint16_t *y, int threads) {
+  float single[SINGLE], *x_sums = !few ? 0 : spare ? (float *)(spare + m * k) : single;
   const long step = x_sums || k % GROUP ? group : GROUP; /* groups that are expanded at once */
   if (m > 1) arrange(x, m, k, step, spare);
   const uint16_t *rows = m > 1 ? spare : x; /* one row is arranged as it is */
