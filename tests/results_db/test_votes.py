@@ -348,7 +348,8 @@ for i in range(int(sys.argv[2]), 1_000_000):
 
 
 def test_kill_while_voting_loses_and_doubles_nothing_acknowledged(tmp_path):
-    rng, said, told = random.Random(0), -1, set()  # told: what was acknowledged, retraction included
+    rng, said = random.Random(0), -1
+    told: set[int] = set()  # what was acknowledged, a retraction where it owes one included
     for _ in range(3):
         first = said + 1
         command = [sys.executable, "-c", KILLED, str(tmp_path), str(said + 1)]
