@@ -1,7 +1,7 @@
 # Two commands do everything: `make run` (install, serve) and `make test` (install, check, test).
 PYTHON ?= python3
 PORT   ?= 7860
-TESTS  ?= 2
+TESTS  ?= 0
 BIN    := .venv/bin
 
 .PHONY: run test check bench demo-model format clean
@@ -9,7 +9,7 @@ BIN    := .venv/bin
 run: .venv/.installed-run
 	@$(BIN)/quantarena serve --port $(PORT)
 
-# Files of tests go to $(TESTS) processes, each with one thread for its products.
+# One after the other; TESTS=2 shares the files among two processes: faster, but hard on browser tests.
 test: .venv/.installed-test .venv/.chromium check
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTS) --dist loadfile
 
