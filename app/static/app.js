@@ -77,7 +77,10 @@
     if (order.params) setParams(order.params, { replace: Boolean(order.replace), silent: true });
     if (order.fill) Object.entries(order.fill).forEach(([id, value]) => {
       const field = document.getElementById(id);
-      if (field) { field.value = value; }
+      if (!field) return;
+      const sent = field.dataset.sent ?? field.value, since = field.value; /* what was typed since stays */
+      delete field.dataset.sent;
+      field.value = value + (since.startsWith(sent) ? since.slice(sent.length) : since);
     });
     if (order.toast && order.go) later(order.toast); else if (order.toast) toast(order.toast, order);
     if (order.go) location.assign(order.go);

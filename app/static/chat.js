@@ -24,6 +24,7 @@
     atFoot = true;
     button.setAttribute('aria-busy', 'true');
     box.focus({ preventScroll: true });
+    box.dataset.sent = box.value;
     qa.act({ do: 'send', text: box.value });
   }
   let warmed = null;
