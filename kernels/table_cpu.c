@@ -7,9 +7,10 @@
    for more, 64 rows of W by 128 channels are expanded into the first-level cache, with pairs of
    channels turned into product.h's order. Compiled by kernels/native.py, once for each
    FORM of codes that is met; see table_cpu.py. */
+#include "inputs.h"
 #include "product.h"
 
-enum { FP32, FP16, BF16, ABSENT };                         /* types of parameters */
+enum { ABSENT = 3 };                                       /* a type of parameters: there are none */
 enum { PLAIN, DOUBLE, SHIFT, BILEVEL, SUMS, BLOCKS, NONE, ZEROS }; /* what makes tables: table_cpu.py */
 enum { WHOLE8 = 8, E4M3 = 9 };                             /* forms of codes that no table takes */
 enum { KEPT4 = 14, KEPT_BF16 = 15, KEPT_FP16 = 16, KEPT_FP32 = 17 }; /* of pruned rows: codes, numbers */
@@ -50,8 +51,6 @@ INLINE float number(const void *from, long at, long type) {
   memcpy(&found, &wide, 4);
   return found;
 }
-
-INLINE __mmask16 first_of(long count) { return count >= 16 ? 0xffff : (__mmask16)((1 << count) - 1); }
 
 /* 16 numbers from `at` on, 0 where none are */
 INLINE __m512 numbers(const void *from, long at, long type, __mmask16 there) {

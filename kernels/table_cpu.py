@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.native import library
+from kernels.round_cpu import TYPES
 from kernels.workspace import WORKSPACES
 
 CHUNK = 32  # channels that fill a register of bf16
@@ -34,7 +35,6 @@ PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}  # bits of
 KEPT4, KEPT_BF16, KEPT_FP16, KEPT_FP32 = range(14, 18)  # forms of pruned rows: codes or numbers
 E4M3 = 9  # the form of codes that are e4m3 numbers; other forms are bits
 PLAIN, DOUBLE, SHIFT, BILEVEL, SUMS, BLOCKS, NONE, ZEROS = range(8)  # kinds of parameters, as in C
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ABSENT = 3
 UNIT = 16  # channels with a table of their own at least
 ROWS, STEP = 64, 128  # of W, and channels, in a tile of outliers

@@ -110,12 +110,11 @@ class Sparse24:
         """codes [n, k] uint8, or for a dtype W [n, k] itself; params has "keep" [n, k] bool."""
         n, k = codes.shape
         keep, bits = params["keep"], bits_of(weight)
+        values = codes if weight["kind"] == "int" else codes.to(DTYPES[weight["kind"]])
         if ready(codes.device) and by_row.suits(weight):
-            held = by_row.pack(by_row.numbers(codes, weight), keep, params)
-            return Packed(held, n, k, weight, act)
+            return Packed(by_row.pack(values, keep, params), n, k, weight, act)
         placed = is_placed(keep, weight["bucket"])
         rows = TILE if codes.device.type == "cpu" else 8 * max(1, CELLS // (8 * k))
-        values = codes if weight["kind"] == "int" else codes.to(DTYPES[weight["kind"]])
         stream, starts = pack_kept(values, keep, bits, rows)
         held = {"stream": stream, "where": pack_where(keep, placed)}
         held |= {name: params[name] for name in ("scale", "zero") if name in params}

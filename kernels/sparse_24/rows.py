@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from kernels import ops
 from kernels.base import Json
-from kernels.integers import DTYPES, dequantized, int_format
+from kernels.integers import dequantized, int_format
 from kernels.sparse_24.layout import keep_of, pack_where
 from kernels.table_cpu import (
     KEPT4,
@@ -124,8 +124,3 @@ def product(x: Tensor, held: Mapping[str, Tensor], form: Json) -> Tensor:
     own = (held["values"], held["where"], held["starts"], held.get("scale"), held.get("zero"))
     whole = form["kind"] == "int"
     return OP(x, *own, form["bits"] if whole else 16, form["group"] if whole else 0)
-
-
-def numbers(values: Tensor, weight: Json) -> Tensor:
-    """Codes, or W in the type that is kept."""
-    return values if weight["kind"] == "int" else values.to(DTYPES[weight["kind"]])
